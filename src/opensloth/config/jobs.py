@@ -1,0 +1,46 @@
+"""The jobs: each the whole set of settings of one command, put together from the groups."""
+
+from pathlib import Path
+
+from opensloth.config.base import Settings, option
+from opensloth.config.data import DataOptions
+from opensloth.config.run import LaunchOptions, ModelOptions, TrainOptions
+
+METHODS = ("sft",)
+
+
+class DataJob(ModelOptions, DataOptions):
+    """`os-data INPUT`: source rows to a directory of prepared data."""
+
+    input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
+    method: str = option("sft", "What the data is for.", choices=METHODS)
+    output: Path | None = option(None, "The directory of prepared data.", shown="data/<method>-<data>-<hash>")
+    gpus: int = option(1, "The number of shards; needs no GPU.", short="g", ge=1)
+    force: bool = option(False, "Replace what is in the output directory.", short="f", off="-")
+
+
+class SftJob(LaunchOptions, TrainOptions):
+    """`os-sft DIR`: prepared data to an adapter. What the data fixes comes from its manifest."""
+
+    data: Path = option(..., "The directory that os-data left.", hidden=True)
+    model: str | None = option(None, "The model, if not the one that the data was prepared for.", shown="the data's")
+    revision: str | None = option(None, "The revision (branch, tag, commit) of a hub model.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with a hub model.", off="-")
+    seed: int | None = option(
+        None, "Seeds the order of steps and the adapter's first weights.", shown="the data's", ge=0, lt=2**32
+    )
+    output: Path | None = option(None, "The run directory.", shown="outputs/sft-<model>-<data>-<hash>")
+    force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
+
+
+class TrainSftJob(LaunchOptions, TrainOptions, ModelOptions, DataOptions):
+    """`os-train sft INPUT`: both of the above in one command. The shards follow the number of processes."""
+
+    input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
+    output: Path | None = option(None, "The run directory.", shown="outputs/sft-<model>-<data>-<hash>")
+    force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
+
+
+def part(job: Settings, kind: type[Settings]) -> dict[str, object]:
+    """The settings of `job` that `kind` has too, by name."""
+    return {name: getattr(job, name) for name in kind.model_fields if name in type(job).model_fields}
