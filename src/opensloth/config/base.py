@@ -1,6 +1,6 @@
 """How settings are declared, and how defaults, a config file and flags become one checked job with known origins."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -70,6 +70,13 @@ class Declared:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def spelled(self) -> str:
+        """What a person types: the flag, or the place of an argument (INPUT, DIR)."""
+        if not self.extra("hidden"):
+            return self.flag
+        return "DIR" if self.info.annotation is Path else self.name.upper()
+
+    @property
     def help(self) -> str:
         return self.info.description or ""
 
@@ -114,12 +121,15 @@ class Resolved(Generic[Job]):
         return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}
 
 
-def resolve(settings: type[Job], flags: Mapping[str, Any], config: Path | None = None) -> Resolved[Job]:
+def resolve(
+    settings: type[Job], flags: Mapping[str, Any], config: Path | None = None, beside: Container[str] = ()
+) -> Resolved[Job]:
     """Merge defaults < config file < flags and check the result.
 
     Args:
         flags: values given on the command line; None means "not given".
         config: a YAML file of setting names and values; `_` and `-` are the same in names.
+        beside: names that the file may hold for another command; they are passed over.
     Raises:
         UserError: an unknown name (with the nearest one), or a value that does not fit, with the setting named.
     """
@@ -128,16 +138,21 @@ def resolve(settings: type[Job], flags: Mapping[str, Any], config: Path | None =
     if config is not None:
         for name, value in read_config(config).items():
             if name not in settings.model_fields:
+                if name in beside:
+                    continue
                 hint = nearest(name, settings.model_fields) or "docs/options.md lists every setting."
                 raise UserError(f"{config}: unknown setting {name!r}.", hint)
             values[name], origins[name] = value, f"config {config}"
     for name, value in flags.items():
         if value is not None:
             values[name], origins[name] = value, "flag"
+    for item in declared(settings):
+        if item.info.is_required() and item.name not in values:
+            raise UserError(f"{item.spelled} is missing.", f"{item.spelled}: {item.help}")
     try:
         return Resolved(settings.model_validate(values), origins)
     except ValidationError as error:
-        raise explain(error, values, origins) from None
+        raise explain(error, settings, values, origins) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -153,7 +168,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UserError:
+def explain(
+    error: ValidationError, settings: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str]
+) -> UserError:
     """The first fault of a job as one line that names the flag or file it came from."""
     first = error.errors(include_url=False)[0]
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -161,7 +178,6 @@ def explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping[
         return UserError(message)
     name = str(first["loc"][0])
     origin = origins.get(name, "default")
-    where = (
-        f"{origin.removeprefix('config ')}: {name}" if origin.startswith("config") else "--" + name.replace("_", "-")
-    )
+    spelled = Declared(name, settings.model_fields[name]).spelled
+    where = f"{origin.removeprefix('config ')}: {name}" if origin.startswith("config") else spelled
     return UserError(f"{where} {values.get(name)!s}: {message[0].lower()}{message[1:]}.")

@@ -1,0 +1,130 @@
+"""`os-data`: source rows to a directory of prepared data, a look into one, and a new number of shards."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from opensloth import log
+from opensloth.cli.options import Request, add_command, new_app
+from opensloth.cli.program import reader_may_leave, run
+from opensloth.config.jobs import DataJob, SftJob
+from opensloth.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from opensloth.data.prepare import Prepared
+
+DEFAULT = "prepare"
+TYPER_OWN = ("--help", "--install-completion", "--show-completion")
+
+
+class DefaultGroup(TyperGroup):
+    """`os-data INPUT` is `os-data prepare INPUT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in TYPER_OWN:
+            if not ctx.resilient_parsing:
+                refuse_mistyped(args[0], list(self.commands))
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The commands, and under them what `os-data INPUT` takes, which is what most people look for."""
+        super().format_help(ctx, formatter)
+        prepare = self.commands[DEFAULT]
+        prepare.format_help(type(ctx)(prepare, info_name=DEFAULT, parent=ctx), formatter)
+
+
+def refuse_mistyped(word: str, commands: Sequence[str]) -> None:
+    """Say so where a word is no file and nearly a command; a hub data set's own name is `owner/name`."""
+    if word.startswith("-") or set(word) & set("/.:\\") or Path(word).exists():
+        return
+    if hint := nearest(word, commands):
+        raise UserError(f"There is no command and no file {word!r}.", hint)
+
+
+app = new_app("Prepare data for training: os-data INPUT --model MODEL.", cls=DefaultGroup)
+
+
+def prepare(request: Request[DataJob]) -> None:
+    if request.dry_run:
+        from opensloth.cli.dry_run import plan_data
+
+        plan_data(request)
+        return
+    from opensloth.data.prepare import prepare
+
+    report(prepare(request.job), request.as_json)
+
+
+add_command(app, DEFAULT, DataJob, prepare, help="Prepare data: the same as os-data INPUT.", beside=SftJob)
+
+
+@app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that os-data left.")],
+    row: Annotated[int | None, typer.Option("--row", help="One row, by its row_id.", metavar="ID")] = None,
+    number: Annotated[int, typer.Option("-n", "--number", help="How many rows.", metavar="N", min=0)] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write one offline HTML page.", metavar="FILE")] = None,
+) -> None:
+    """Show prepared rows with their trained and masked tokens, lengths, packs and drops."""
+    from opensloth.data.prepare import open_prepared
+    from opensloth.data.show import show_html, show_terminal
+
+    prepared = open_prepared(directory)
+    with reader_may_leave():
+        if html is None:
+            show_terminal(prepared, row, number)
+        else:
+            show_html(prepared, html, row, number)
+            print(html)
+
+
+@app.command()
+def reshard(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that os-data left.")],
+    gpus: Annotated[int, typer.Option("--gpus", "-g", help="The new number of shards.", metavar="N", min=1)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
+) -> None:
+    """Divide prepared data anew, without tokenizing."""
+    from opensloth.data.prepare import reshard
+
+    report(reshard(directory, gpus), as_json)
+
+
+def figures(prepared: "Prepared") -> dict[str, Any]:
+    """What `--json` prints about prepared data."""
+    manifest = prepared.manifest
+    kept = ("rows_in", "rows_kept", "dropped", "duplicates", "tokens", "trained_tokens", "shards", "packs_per_shard")
+    record = {"data": str(prepared.directory), "method": manifest.method, "model": manifest.model}
+    return record | {name: getattr(manifest, name) for name in kept} | {"digest": manifest.digest}
+
+
+def report(prepared: "Prepared", as_json: bool) -> None:
+    """Print what a directory of prepared data holds, and the next command to type."""
+    if as_json:
+        print(json.dumps(figures(prepared), ensure_ascii=False))
+        return
+    from opensloth.data.summary import summarize
+
+    directory, manifest = prepared.directory, prepared.manifest
+    lines = summarize(prepared).lines()
+    if manifest.dropped:
+        lines.append(("dropped rows", f"listed in {directory / 'dropped.jsonl'}"))
+    lines.append(("prepared data", str(directory)))
+    lines.append(("next", f"os-{manifest.method} {shlex.quote(str(directory))}"))
+    for name, text in lines:
+        print(log.printable(f"{name:<16}{text}"))
+
+
+def main() -> None:
+    sys.exit(run(app, sys.argv[1:] or ["--help"]))
+
+
+if __name__ == "__main__":
+    main()

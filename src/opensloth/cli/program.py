@@ -1,0 +1,52 @@
+"""How every program starts and ends: quiet libraries, one line for an expected failure, and the right exit code."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import typer
+
+from opensloth import log
+from opensloth.errors import DONE, STOPPED, USER_ERROR, OpenSlothError
+
+BUG = 1
+INTERRUPTED = 130  # how Typer reports Ctrl-C; ours is 75, because the same command goes on
+# The parent of all usage errors. Typer exports only this child, and its own copy of click is private.
+UsageFault = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run a program and return its exit code. A bug is not caught: its traceback is worth more than a code."""
+    log.quiet_libraries()
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except OpenSlothError as error:
+        log.fail(error.message, error.hint)
+        return error.exit_code
+    except UsageFault as error:
+        log.fail(error.format_message(), where_to_look(error))
+        return USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        log.fail("Interrupted.", "Run the same command again and it goes on.")
+        return STOPPED
+    return status if isinstance(status, int) else DONE
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """`os-data show ... | head` has read enough: that is a quiet end, not an error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(DONE) from None
+
+
+def where_to_look(error: typer.BadParameter) -> str:
+    return f"See {error.ctx.command_path} --help." if error.ctx is not None else ""

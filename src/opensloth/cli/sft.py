@@ -1,0 +1,114 @@
+"""`os-sft DIR`: train an adapter on prepared data."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensloth.cli.options import Request, add_command, new_app
+from opensloth.cli.program import run
+from opensloth.config.base import Resolved, read_config
+from opensloth.config.jobs import DataJob, SftJob
+from opensloth.errors import UserError
+
+if TYPE_CHECKING:
+    from opensloth.data.prepare import Prepared
+    from opensloth.launch.run_directory import Result
+
+HELP = "Train an adapter on prepared data (the directory that os-data left)."
+METHOD = "sft"
+app = new_app(HELP)
+
+
+def sft(request: Request[SftJob]) -> None:
+    from opensloth.data.prepare import open_prepared
+    from opensloth.launch.world import plan_world
+
+    prepared = open_prepared(request.job.data)
+    check_method(prepared)
+    if request.config is not None:
+        check_config(prepared, request.config)
+    resolved = with_data_settings(request.resolved, prepared)
+    world = plan_world(resolved.job)
+    if request.dry_run:
+        from opensloth.cli.dry_run import plan_sft
+
+        plan_sft(resolved, prepared, world, request.as_json)
+        return
+    from opensloth.launch.run_directory import start
+
+    report(start(resolved.job, resolved.origins, prepared, world), request.as_json)
+
+
+add_command(app, "sft", SftJob, sft, help=HELP, beside=DataJob)
+
+
+def check_method(prepared: "Prepared") -> None:
+    if prepared.manifest.method != METHOD:
+        raise UserError(
+            f"{prepared.directory} was prepared with --method {prepared.manifest.method}, not --method {METHOD}.",
+            f"Use os-{prepared.manifest.method}, or prepare the data anew.",
+        )
+
+
+def check_config(prepared: "Prepared", config: Path) -> None:
+    """A data setting in the config file must be the one that the data was prepared with. Raises UserError else."""
+    manifest = prepared.manifest
+    for name, value in read_config(config).items():
+        if name not in manifest.options or name in SftJob.model_fields:
+            continue
+        fixed = manifest.options[name]
+        given = DataJob.model_validate({"input": "-", "model": "-", name: value}).model_dump(mode="json")[name]
+        if given != fixed:
+            raise UserError(
+                f"{config}: {name} {value} contradicts {prepared.directory}, which was prepared with {name} {fixed}.",
+                "Change the file, or prepare the data again with os-data.",
+            )
+
+
+def with_data_settings(resolved: Resolved[SftJob], prepared: "Prepared") -> Resolved[SftJob]:
+    """Fill in what the data fixes: its model and seed, unless others were named. Raises UserError where they clash."""
+    job, manifest = resolved.job, prepared.manifest
+    fixed: dict[str, Any] = {}
+    if job.model is None:
+        fixed["model"] = manifest.model
+        if job.revision is None:
+            fixed["revision"] = manifest.model_revision
+    elif job.model != manifest.model:
+        check_tokenizer(job, prepared)
+    if job.seed is None:
+        fixed["seed"] = manifest.options["seed"]
+    origins = resolved.origins | dict.fromkeys(fixed, "data")
+    return Resolved(job.model_copy(update=fixed), origins)
+
+
+def check_tokenizer(job: SftJob, prepared: "Prepared") -> None:
+    """Another model may be trained on the data if it reads the same tokens."""
+    from opensloth.data.models import load_tokenizer, resolve_model, tokenizer_digest
+
+    tokenizer = load_tokenizer(resolve_model(str(job.model), job.revision), job.trust_remote_code)
+    if tokenizer_digest(tokenizer) != prepared.manifest.tokenizer_digest:
+        raise UserError(
+            f"--model {job.model} reads other tokens than {prepared.manifest.model}, "
+            f"for which {prepared.directory} was prepared.",
+            f"Prepare the data for it: os-data {prepared.manifest.source.spec} --model {job.model}",
+        )
+
+
+def report(result: "Result", as_json: bool) -> None:
+    """Print where the adapter is, and the last figures of the run."""
+    if as_json:
+        record = {"output": str(result.output), "status": result.status, "metrics": result.metrics}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    print(f"{result.status}  {result.output}")
+    for name, value in result.metrics.items():
+        print(f"  {name:<24} {value}")
+
+
+def main() -> None:
+    sys.exit(run(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`os-train`: from a raw data set to an adapter in one command."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opensloth import log
+from opensloth.cli.options import Request, add_command, new_app
+from opensloth.cli.program import run
+from opensloth.cli.sft import report
+from opensloth.config.base import Resolved
+from opensloth.config.jobs import DataJob, SftJob, TrainSftJob, part
+
+if TYPE_CHECKING:
+    from opensloth.data.prepare import Prepared
+
+app = new_app("From a raw data set to a trained adapter.")
+
+
+def train_sft(request: Request[TrainSftJob]) -> None:
+    from opensloth.launch.world import plan_world
+
+    world = plan_world(request.job)
+    job = data_job(request.job, world.processes)
+    if request.dry_run:
+        from opensloth.cli.dry_run import plan_train_sft
+
+        plan_train_sft(request, job, world)
+        return
+    from opensloth.data.prepare import prepare
+    from opensloth.launch.run_directory import start
+
+    prepared = prepare(job)
+    dropped = sum(prepared.manifest.dropped.values())
+    log.say(
+        f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"
+        + (f"; {dropped:,} dropped, see dropped.jsonl there" if dropped else "")
+    )
+    training = sft_job(request.resolved, prepared)
+    report(start(training.job, training.origins, prepared, world), request.as_json)
+
+
+HELP = "Prepare data and train an adapter on it: os-data and os-sft in one."
+add_command(app, "sft", TrainSftJob, train_sft, help=HELP)
+
+
+def data_job(job: TrainSftJob, processes: int) -> DataJob:
+    """The preparation's part of the job. Its directory has the default name; --output and --force are the run's."""
+    shared: dict[str, Any] = part(job, DataJob)
+    return DataJob.model_validate(shared | {"output": None, "force": False, "gpus": processes})
+
+
+def sft_job(resolved: Resolved[TrainSftJob], prepared: "Prepared") -> Resolved[SftJob]:
+    """The training's part of the job, with the origins that its settings have there."""
+    shared: dict[str, Any] = part(resolved.job, SftJob)
+    job = SftJob.model_validate(shared | {"data": prepared.directory})
+    return Resolved(job, {name: resolved.origins.get(name, "data") for name in SftJob.model_fields})
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The run directory.", metavar="DIR")] = Path("outputs/demo"),
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Problems to train on.", metavar="N")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after N optimizer steps.", metavar="N")] = None,
+    processes: Annotated[int | None, typer.Option(help="Train with N CPU processes.", metavar="N")] = None,
+) -> None:
+    """The tutorial on a real small model and built-in problems: no GPU, no hub."""
+    from opensloth.cli import demo
+
+    demo.run(output=output, samples=samples, max_steps=max_steps, processes=processes)
+
+
+def main() -> None:
+    sys.exit(run(app, sys.argv[1:] or ["--help"]))
+
+
+if __name__ == "__main__":
+    main()
