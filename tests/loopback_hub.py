@@ -82,6 +82,7 @@ class LoopbackHub:
         """This process's environment with the hub clients turned to this server and an own cache below `home`."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        env["OPENSLOTH_CACHE"] = str(home / "opensloth")
         return env | ({"HF_TOKEN": token} if token else {})
 
 
@@ -133,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404)
         kind, repo_id, rest = parts[0], "/".join(parts[1:3]), parts[3:]
         repository = self.repository(kind, repo_id, reads_files=bool(rest) and rest[0] in ("tree", "paths-info"))
-        what, revision, path = (rest + ["", "", ""])[0], (rest + ["", ""])[1], "/".join(rest[2:])
+        what, revision, *path_parts = [*rest, "", ""]
+        path = "/".join(path_parts).strip("/")
         commit, files = self.commit(repository, revision or "main")
         if what in ("", "revision"):
             self.reply_json(info(repository, commit))
