@@ -1,0 +1,54 @@
+"""The written rules behind `auto`: which engine, which number type. Each choice comes with its reason, in words."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from opensloth.config.run import TrainOptions
+from opensloth.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    value: str
+    why: str
+
+
+def engine(options: TrainOptions, device: torch.device) -> Choice:
+    """`native` unless unsloth was asked for: it is exact everywhere, and the faster of the two on packs.
+
+    Raises UserError where unsloth was asked for and cannot run.
+    """
+    if options.engine == "unsloth":
+        if device.type != "cuda":
+            raise UserError("--engine unsloth needs a CUDA card.", "Use --engine native (or auto) on this machine.")
+        if importlib.util.find_spec("unsloth") is None:
+            raise UserError(
+                "--engine unsloth: unsloth is not installed.", 'Install it: pip install "openslothai[unsloth]".'
+            )
+        return Choice("unsloth", "as asked")
+    if options.engine == "native":
+        return Choice("native", "as asked")
+    return Choice("native", "it packs rows exactly on every device")
+
+
+def dtype(options: TrainOptions, device: torch.device) -> Choice:
+    """bfloat16 where the hardware computes in it, else float16 (with a loss scaler) on a card and float32 on a CPU."""
+    if options.dtype != "auto":
+        return Choice(options.dtype, "as asked")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= (8, 0):
+            return Choice("bfloat16", f"the card (sm{major}{minor}) computes in it")
+        return Choice("float16", f"the card (sm{major}{minor}) has no bfloat16; with a loss scaler")
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return Choice("bfloat16", "this CPU computes in it")
+    return Choice("float32", f"this {device.type.upper()} has no fast bfloat16")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere fp32 is faster."""
+    from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+
+    return bool(_is_avx512_bf16_supported() or _is_amx_tile_supported())

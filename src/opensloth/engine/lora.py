@@ -1,0 +1,79 @@
+"""The adapter: attached or taken over, kept in fp32, saved as plain PEFT, and hashed."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel
+
+from opensloth import paths
+from opensloth.config.run import TrainOptions
+from opensloth.errors import UserError
+
+
+def attach(model: PreTrainedModel, options: TrainOptions, seed: int) -> PeftModel:
+    """Put a new adapter on a frozen base. Its first weights depend on `seed` alone.
+
+    Raises UserError where the model has none of the target layers.
+    """
+    linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
+    targets = [name for name in options.lora_targets if name in linears]
+    if not targets:
+        hint = f"Its linear layers: {', '.join(sorted(linears))}."
+        raise UserError(f"The model has none of --lora-targets {','.join(options.lora_targets)}.", hint)
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        use_rslora=options.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    return in_float32(get_peft_model(model, config))
+
+
+def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Go on training an adapter that exists. Raises UserError where it does not fit the model."""
+    try:
+        return in_float32(PeftModel.from_pretrained(model, adapter, is_trainable=True))
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "It was trained on another base model: name the adapter's own base."
+        raise UserError(f"The adapter {adapter} does not fit {model.config._name_or_path}: {first}", hint) from error
+
+
+def in_float32(model: PeftModel) -> PeftModel:
+    """Adapter weights in fp32: steps of a small learning rate vanish in bfloat16's 8 bits."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def before_quantized_training(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a 4-bit or 8-bit base and keep its norms in fp32, without switching on checkpointing."""
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """A SHA-256 (hex) of all trained weights, bit for bit: equal on all processes, always."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trainable(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def name_base(directory: Path, base: str, revision: str | None) -> None:
+    """Write into a saved adapter which base it belongs to: a hub id with its commit, or an absolute directory."""
+    config = paths.read_json(directory / "adapter_config.json", "an adapter")
+    config["base_model_name_or_path"] = base
+    config["revision"] = revision
+    paths.write_json(directory / "adapter_config.json", config)

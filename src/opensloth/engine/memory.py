@@ -1,0 +1,111 @@
+"""How much memory a run needs, and how many tokens go through the model at once: by rule, before the first step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from opensloth.config.run import TrainOptions
+
+SPARE = 0.10  # of the free memory, for what the rule does not count (fragmentation, kernels' work space)
+MOST_TOKENS = 32_768  # beyond this a pack only adds latency between logs
+CPU_TOKENS = 1_024  # larger packs are not faster on a CPU: measured with 135M parameters on two cores
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that memory depends on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads_width: int  # query, key and value widths, summed
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        text = config.get_text_config()
+        hidden, layers = text.hidden_size, text.num_hidden_layers
+        head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+        queries = text.num_attention_heads * head
+        keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+        intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+        layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * intermediate
+        embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
+        return cls(layers * layer + embeddings, layers, hidden, intermediate, text.vocab_size, queries + 2 * keys)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a run needs on one device."""
+
+    weights: int
+    adapter: int  # with gradients and optimizer state; all weights' under full fine-tuning
+    per_token: int  # activations and logits of one token of a pack
+
+    def total(self, pack_tokens: int) -> int:
+        return self.weights + self.adapter + self.per_token * pack_tokens
+
+    def __str__(self) -> str:
+        fixed = (self.weights + self.adapter) / GIB
+        return (
+            f"{fixed:.2f} GiB for weights and adapter, {self.per_token * 1024 / GIB:.2f} GiB per 1,024 tokens of a pack"
+        )
+
+
+def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int = 2) -> Estimate:
+    """Bytes by the model's shape.
+
+    Args:
+        compute_bytes: of one number of the computation (2 for bfloat16).
+    """
+    shape = Shape.of(config)
+    base_bytes = 0.56 if options.load_in_4bit else 1.06 if options.load_in_8bit else compute_bytes
+    # per layer: A and B of seven linears, r columns each
+    widths = 4 * shape.hidden + shape.heads_width + shape.heads_width // 2 + 3 * shape.intermediate + 3 * shape.hidden
+    adapter_parameters = shape.layers * options.lora_r * widths
+    state = 4 * 4  # fp32 weight, gradient and two moments
+    trained = shape.parameters if options.full_finetuning else adapter_parameters
+    weights = 0 if options.full_finetuning else math.ceil(shape.parameters * base_bytes)
+    # saved for backward in each layer: the inputs of the linears (in fp32 too, for the adapter), norms, attention
+    saved = compute_bytes * (8 * shape.hidden + 2 * shape.heads_width + 4 * shape.intermediate)
+    saved += 4 * (3 * shape.hidden + shape.intermediate)
+    layers = shape.layers * saved
+    if options.gradient_checkpointing == "full":
+        layers = shape.layers * compute_bytes * shape.hidden + saved
+    elif options.gradient_checkpointing == "selective":
+        layers = shape.layers // 2 * (saved + compute_bytes * shape.hidden)
+    logits = shape.vocabulary * (compute_bytes + 3 * 4)  # as computed, in fp32, and their gradients
+    return Estimate(weights, trained * state, layers + logits)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a card as this process may use it; None for a CPU, whose packs are small anyway."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(free, allowed) + reusable)
+
+
+def pack_tokens(
+    config: PretrainedConfig, options: TrainOptions, device: torch.device, longest: int, dtype: torch.dtype
+) -> int:
+    """Tokens that go through the model at once, once the weights are loaded.
+
+    Args:
+        longest: the longest row; a pack must hold it whole.
+    """
+    if not isinstance(options.pack_tokens, str):
+        return max(options.pack_tokens, longest)
+    free = free_bytes(device)
+    if free is None:
+        return max(CPU_TOKENS, longest)
+    need = estimate(config, options, dtype.itemsize)
+    fits = int((free * (1 - SPARE) - need.adapter) / need.per_token)
+    rounded = max(fits, 1) // 256 * 256
+    return max(longest, min(rounded, MOST_TOKENS))

@@ -1,0 +1,39 @@
+"""What every engine gives the trainer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclass
+class Engine:
+    """A model ready to train.
+
+    Attributes:
+        model: a PeftModel, or the bare model under --full-finetuning.
+        loss: the summed cross entropy of a micro-batch as `training.loader.Batcher` makes it.
+        packs: whether rows may lie one behind the other; else micro-batches are padded, and `notes` says why.
+        dtype: of the computation. float16 goes with a loss scaler.
+        autocast: whether the trainer must cast the computation (the weights are kept in another type).
+        notes: what the user should know of the choices made, one line each.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    loss: Loss
+    packs: bool
+    dtype: torch.dtype
+    autocast: bool
+    notes: list[str]
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do: padding is masked by position, and its labels are ignored."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if isinstance(pad, int) else 0

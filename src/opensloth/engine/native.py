@@ -1,0 +1,103 @@
+"""Engine `native`: transformers' model and PEFT's adapter, with exact packing on every device."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from opensloth.config.jobs import SftJob
+from opensloth.data.models import ModelRef, load_tokenizer
+from opensloth.engine import attention, choose, lora
+from opensloth.engine.loss import pack_loss, padded_loss
+from opensloth.engine.model import Engine
+from opensloth.errors import UserError
+
+
+def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool) -> Engine:
+    """Load weights onto `device` and attach or take over the adapter.
+
+    Raises:
+        UserError: quantization without bitsandbytes, an adapter that does not fit, a model without target layers.
+    """
+    chosen = choose.dtype(job, device)
+    dtype: torch.dtype = getattr(torch, chosen.value)
+    notes = [f"computing in {chosen.value}: {chosen.why}"]
+    model = load_base(job, ref, weights_dtype(job, dtype), device)
+    refusal = attention.why_not(model.config) if packing else ""
+    packs = packing and not refusal
+    if refusal:
+        notes.append(f"rows are padded, not packed, with eager attention: {refusal}")
+        model.set_attn_implementation("eager")
+    elif packs:
+        model.set_attn_implementation(attention.NAME)
+    if job.load_in_4bit or job.load_in_8bit:
+        model = lora.before_quantized_training(model)
+    return Engine(
+        name="native",
+        model=with_adapter(model, job, ref, seed, notes),
+        tokenizer=load_tokenizer(ref, job.trust_remote_code),
+        loss=pack_loss if packs else padded_loss,
+        packs=packs,
+        dtype=dtype,
+        autocast=job.full_finetuning and dtype != torch.float32,
+        notes=notes,
+    )
+
+
+def with_adapter(
+    model: PreTrainedModel, job: SftJob, ref: ModelRef, seed: int, notes: list[str]
+) -> PreTrainedModel | PeftModel:
+    """The model with what trains: a new adapter, the given one, or all of its weights."""
+    if job.full_finetuning:
+        if ref.adapter is not None:
+            raise UserError(f"--full-finetuning cannot start from the adapter {ref.adapter}.", "Merge it first.")
+        model.requires_grad_(True)
+        return model
+    if ref.adapter is None:
+        return lora.attach(model, job, seed)
+    adapted = lora.take_over(model, ref.adapter)
+    config = adapted.peft_config["default"]
+    notes.append(f"training goes on from {ref.adapter}, with its own r={config.r} and alpha={config.lora_alpha}")
+    return adapted
+
+
+def weights_dtype(job: SftJob, dtype: torch.dtype) -> torch.dtype:
+    """The type weights are kept in: fp32 where all of them train, the compute type where they are frozen."""
+    return torch.float32 if job.full_finetuning else dtype
+
+
+def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "revision": ref.revision,
+        "trust_remote_code": job.trust_remote_code,
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "device_map": {"": device},
+    }
+    if job.load_in_4bit or job.load_in_8bit:
+        options["quantization_config"] = quantization(job, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(ref.base, **options)
+    except ValueError as error:  # an unknown architecture, or weights that only exist as pickles
+        raise UserError(f"{ref.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model.config.use_cache = False
+    return model
+
+
+def quantization(job: SftJob, dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings: nf4 with double quantization as in QLoRA (arXiv 2305.14314), or LLM.int8."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        flag = "--load-in-4bit" if job.load_in_4bit else "--load-in-8bit"
+        raise UserError(
+            f"{flag}: bitsandbytes is not installed.", 'Install it: pip install "openslothai[gpu]".'
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    if job.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

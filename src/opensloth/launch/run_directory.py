@@ -1,0 +1,109 @@
+"""A run and its directory: which job it belongs to, whether it is finished, and how it is started or gone on with."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensloth import __version__, log, paths
+from opensloth.config.base import Resolved
+from opensloth.config.jobs import SftJob
+from opensloth.config.run import LaunchOptions
+from opensloth.data.models import ModelRef, resolve_model
+from opensloth.data.prepared import Prepared
+from opensloth.errors import UserError
+from opensloth.launch.launcher import run_workers
+from opensloth.launch.world import World
+
+JOB, RESULT, CHECKPOINTS = "job.json", "result.json", "checkpoints"
+
+# What may differ when a run goes on: the hardware, how much is logged and kept. Everything else makes another model.
+MAY_CHANGE = frozenset(LaunchOptions.model_fields) | {
+    *("output", "force", "resume", "pack_tokens", "gradient_checkpointing", "compile"),
+    *("logging_steps", "save_steps", "save_total_limit", "report_to", "trust_remote_code"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """`status` is "trained" or "already finished"; `metrics` are those of result.json."""
+
+    output: Path
+    status: str
+    metrics: dict[str, Any]
+
+
+def identity(job: SftJob, prepared: Prepared, ref: ModelRef) -> dict[str, Any]:
+    """What makes this job the job it is, by name: two runs with the same identity train the same model."""
+    values = {name: value for name, value in job.model_dump(mode="json").items() if name not in MAY_CHANGE}
+    model = {"base": ref.base, "revision": ref.revision, "adapter": str(ref.adapter or "")}
+    # the same rows under another path, or dealt to another number of shards, are the same data
+    return {**values, "data": prepared.manifest.digest, "model": model}
+
+
+def default_output(job: SftJob, prepared: Prepared, ref: ModelRef) -> Path:
+    """`outputs/sft-<model>-<data>-<hash of the job>`."""
+    data = Path(prepared.manifest.source.spec).name.split(".")[0].replace("sample:", "")
+    return Path("outputs") / f"sft-{ref.name}-{data}-{paths.digest(identity(job, prepared, ref))[:8]}"
+
+
+def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World) -> Result:
+    """Train, go on with an unfinished run of the same job, or say that it is finished.
+
+    Raises:
+        UserError: the directory holds another job (the settings that differ are named), or something else.
+        WorkerFailed, RunStopped: as `launcher.run_workers`.
+    """
+    ref = resolve_model(job.model or prepared.manifest.model, job.revision)
+    output = job.output or default_output(job, prepared, ref)
+    this = identity(job, prepared, ref)
+    if job.force:
+        remove_run(output)
+    check_same_job(output, this)
+    if (output / RESULT).exists():
+        return Result(output, "already finished", paths.read_json(output / RESULT, "a finished run"))
+    check_resume(job, output)
+    paths.check_writable(output)
+    record = {
+        "format": 1,
+        "method": "sft",
+        "code_version": __version__,
+        "settings": Resolved(job, origins).record(),
+        "identity": this,
+        "data": {"directory": str(prepared.directory.absolute()), "source": prepared.manifest.source.model_dump()},
+        "model": {"base": ref.base, "revision": ref.revision, "adapter": ref.adapter and str(ref.adapter)},
+        "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},
+    }
+    if world.node_rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        paths.write_json(output / JOB, record)
+    log.say(f"run directory: {output}")
+    run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
+    return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
+
+
+def check_same_job(output: Path, this: dict[str, Any]) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / JOB).exists():
+        raise UserError(f"--output {output} holds something that is no run.", "Choose another --output.")
+    other = paths.read_json(output / JOB, "a run directory").get("identity", {})
+    different = [name for name in sorted({*this, *other}) if this.get(name) != other.get(name)]
+    if different:
+        shown = ", ".join(f"{name} ({other.get(name)} there, {this.get(name)} now)" for name in different[:5])
+        raise UserError(
+            f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
+        )
+
+
+def check_resume(job: SftJob, output: Path) -> None:
+    begun = output / CHECKPOINTS
+    if job.resume == "never" and begun.is_dir() and any(begun.glob("checkpoint-*")):
+        raise UserError(f"--resume never, but {begun} holds checkpoints.", "Add --force to start anew without them.")
+
+
+def remove_run(output: Path) -> None:
+    """Make room for a new run. Raises UserError where the directory is no run: --force deletes nothing else."""
+    if output.exists() and any(output.iterdir()) and not (output / JOB).exists():
+        raise UserError(f"--force: {output} holds something that is no run.", "Choose another --output.")
+    shutil.rmtree(output, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The training processes: what happens between prepared data and an adapter."""

@@ -1,0 +1,122 @@
+"""From a schedule to tensors: each item of the loader is one whole optimizer step, as this process sees it."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from opensloth.data.prepare import Prepared
+from opensloth.data.schedule import Schedule, padded_batches
+from opensloth.data.shards import deal_step
+from opensloth.engine.loss import IGNORED
+
+
+class Step(TypedDict):
+    """One process's share of an optimizer step.
+
+    `packs` are micro-batches ready for the model; `targets` counts the trained tokens of all processes, which the loss
+    of the step is averaged over.
+    """
+
+    number: int
+    packs: list[dict[str, Any]]
+    targets: int
+
+
+class Batcher:
+    """Makes micro-batches of rows: packs (rows one behind the other) or padded batches."""
+
+    def __init__(self, prepared: Prepared, packing: bool, pad_id: int) -> None:
+        self.prepared = prepared
+        self.packing = packing
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[int]) -> dict[str, Any]:
+        return self.pack(rows) if self.packing else self.pad(rows)
+
+    def pack(self, rows: list[int]) -> dict[str, Any]:
+        """`input_ids`, `position_ids`, `labels` of shape (1, tokens), and the boundaries that attention needs.
+
+        No row pays for its first token: nothing in the row comes before it, and the row ahead must not teach it.
+        """
+        parts = self.read(rows)
+        lengths = np.array([len(ids) for ids, _ in parts])
+        ids = np.concatenate([ids for ids, _ in parts])
+        labels = np.concatenate([labels for _, labels in parts])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        labels[starts[:-1]] = IGNORED
+        positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
+        boundaries = torch.from_numpy(starts.astype(np.int32))
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+            "labels": torch.from_numpy(labels.astype(np.int64))[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def pad(self, rows: list[int]) -> dict[str, Any]:
+        """`input_ids`, `labels` and `attention_mask` of shape (rows, longest), padded on the right."""
+        parts = self.read(rows)
+        shape = (len(parts), max(len(ids) for ids, _ in parts))
+        ids, labels = np.full(shape, self.pad_id), np.full(shape, IGNORED)
+        mask = np.zeros(shape, dtype=np.int64)
+        for at, (row_ids, row_labels) in enumerate(parts):
+            length = len(row_ids)
+            ids[at, :length], labels[at, :length], mask[at, :length] = row_ids, row_labels, 1
+        labels[:, 0] = IGNORED
+        tensors = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in tensors.items()}
+
+    def read(self, rows: list[int]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Ids and labels of each row; without rows a masked one, so that every process runs as many passes."""
+        if not rows:
+            return [(np.full(2, self.pad_id, np.int32), np.full(2, IGNORED, np.int32))]
+        found = [self.prepared.rows.row(row) for row in rows]
+        return [(row.input_ids, row.labels) for row in found]
+
+
+class Steps(Dataset[Step]):
+    """All optimizer steps of a run, as process `rank` of `processes` sees them. Item n is step n."""
+
+    def __init__(self, plan: Schedule, batcher: Batcher, pack_tokens: int, rank: int, processes: int) -> None:
+        self.plan = plan
+        self.batcher = batcher
+        self.pack_tokens = pack_tokens
+        self.rank = rank
+        self.processes = processes
+
+    def __len__(self) -> int:
+        return len(self.plan.steps)
+
+    def rows(self, number: int) -> list[list[int]]:
+        """The rows of this process's micro-batches in a step."""
+        return self.plan.micro_batches(number, self.pack_tokens, self.processes)[self.rank]
+
+    def row_ids(self, number: int) -> list[int]:
+        """The same rows, by their number in the source."""
+        stored = self.batcher.prepared.rows
+        return [stored.row(row).row_id for rows in self.rows(number) for row in rows]
+
+    def __getitem__(self, number: int) -> Step:
+        if number >= len(self):
+            raise IndexError(number)
+        packs = [self.batcher(rows) for rows in self.rows(number)]
+        return Step(number=number, packs=packs, targets=max(1, self.plan.targets(number)))
+
+    def loader(self, pinned: bool) -> DataLoader[Step]:
+        """In order, one step an item. Resuming skips indices, so that no tensor of a past step is made again."""
+        return DataLoader(self, batch_size=1, shuffle=False, collate_fn=lambda steps: steps[0], pin_memory=pinned)
+
+
+def eval_packs(prepared: Prepared, batcher: Batcher, pack_tokens: int, rank: int, processes: int) -> list[list[int]]:
+    """The held-out rows of this process, in micro-batches; no process waits for another in between."""
+    rows = np.flatnonzero(prepared.is_eval)
+    if not batcher.packing:
+        return padded_batches(rows, prepared.lengths, pack_tokens)[rank::processes]
+    return [rows for rows in deal_step(rows, prepared.lengths, pack_tokens, processes)[rank] if rows]

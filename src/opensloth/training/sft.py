@@ -1,0 +1,203 @@
+"""SFT on TRL's trainer, with our steps: the rank's own packs, the token mean over all processes, atomic checkpoints."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+
+from opensloth import log, paths
+from opensloth.engine.lora import name_base
+from opensloth.engine.model import Loss
+from opensloth.errors import WorkerFailed
+from opensloth.training import checkpoint
+from opensloth.training.loader import Batcher, Step, Steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a trainer needs to know beyond TRL's arguments.
+
+    Attributes:
+        steps: the training data of this process.
+        loss: the engine's loss of a micro-batch.
+        held_out: this process's share of the held-out rows, in micro-batches; empty lists where nothing is held out.
+        held_out_targets: trained tokens of the held-out rows of all processes.
+        base, base_revision: what a saved adapter names as its base model.
+        save_extra: writes what belongs beside every saved adapter (tokenizer, prompt contract) into a directory.
+    """
+
+    directory: Path
+    steps: Steps
+    loss: Loss
+    batcher: Batcher
+    held_out: list[list[int]]
+    held_out_targets: int
+    keep_checkpoints: int
+    base: str
+    base_revision: str | None
+    save_extra: Callable[[Path], None]
+
+
+def trainer_class() -> type[Any]:
+    """Made on request, because `import unsloth` replaces `trl.SFTTrainer` by its own class."""
+    from trl import SFTTrainer
+
+    class PackTrainer(SFTTrainer):
+        """TRL's trainer; each batch of its loader is one optimizer step (`training.loader.Step`)."""
+
+        def __init__(self, run: Run, **arguments: Any) -> None:
+            self.run = run
+            self.writing = False
+            self.since_log: list[tuple[int, torch.Tensor]] = []
+            self.best_loss = best_loss(run.directory)
+            weights = {n: p.detach().clone() for n, p in arguments["model"].named_parameters() if p.requires_grad}
+            super().__init__(**arguments)
+            for name, parameter in self.model.named_parameters():
+                if name in weights:  # TRL casts the adapters of quantized models to bfloat16
+                    parameter.data = weights[name]
+
+        def get_train_dataloader(self) -> Any:
+            # as it is: accelerate would divide the rank's own steps among the ranks once more
+            return self.run.steps.loader(pinned=self.args.device.type == "cuda")
+
+        def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
+            """Forward and backward of one optimizer step. Returns this process's part of the loss, times processes."""
+            model.train()
+            # DDP averages gradients over processes; the loss is a mean over the tokens of all of them
+            scale = self.accelerator.num_processes / inputs["targets"]
+            total = torch.zeros((), device=self.args.device)
+            last = len(inputs["packs"]) - 1
+            for number, pack in enumerate(inputs["packs"]):
+                sync = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
+                with sync:
+                    loss = self.compute_loss(model, self._prepare_inputs(pack)) * scale
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            self.since_log.append((inputs["number"], total))
+            return total
+
+        def compute_loss(
+            self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> torch.Tensor:
+            """The summed loss of a micro-batch, without TRL's metrics, which wait for the card several times a step."""
+            with self.compute_loss_context_manager():
+                return self.run.loss(model, inputs)
+
+        @torch.no_grad()
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """The token-weighted mean loss of the held-out rows; equal for any number of processes."""
+            self.model.eval()
+            total = torch.zeros((), device=self.args.device, dtype=torch.float64)
+            for rows in self.run.held_out:
+                total += self.compute_loss(self.model, self._prepare_inputs(self.run.batcher(rows))).double()
+            self.model.train()
+            if dist.is_initialized():
+                dist.all_reduce(total)
+            loss = float(total) / max(1, self.run.held_out_targets)
+            self.log({"eval_loss": loss})
+            if loss < self.best_loss:
+                self.best_loss = loss
+                self.save_best(loss)
+            return {"eval_loss": loss}
+
+        def save_best(self, loss: float) -> None:
+            if not self.is_world_process_zero():
+                return
+            with paths.new_directory(self.run.directory / "best") as directory:
+                self._save(str(directory))
+                paths.write_json(directory / "best.json", {"step": self.state.global_step, "eval_loss": loss})
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            self.check_finite(logs)
+            Trainer.log(self, logs, start_time)
+
+        def check_finite(self, logs: dict[str, float] | None = None) -> None:
+            """Stop at the first loss since the last check that is not a number. Raises WorkerFailed with step and rows.
+
+            Every process looks at its own losses, so the one whose rows are at fault names them.
+            """
+            if logs is not None and "loss" not in logs:
+                return
+            losses, self.since_log = self.since_log, []
+            for number, loss in losses:
+                if not torch.isfinite(loss):
+                    ids = self.run.steps.row_ids(number)
+                    shown = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
+                    raise WorkerFailed(
+                        f"The loss is {float(loss)} at step {number + 1}, rows {shown}.",
+                        "Look at them with os-data show, or lower --lr. The last checkpoint is kept.",
+                    )
+            if logs is not None and not all(map(finite, (logs["loss"], logs.get("grad_norm", 0.0)))):
+                step = self.state.global_step
+                if self.args.fp16 and finite(logs["loss"]):
+                    return  # the scaler skips steps whose gradients overflow
+                raise WorkerFailed(
+                    f"Loss {logs['loss']}, gradient norm {logs.get('grad_norm')} at step {step}.",
+                    "The rows at fault are named in the log of their process. Lower --lr, or look at the data.",
+                )
+
+        def _get_output_dir(self, trial: Any) -> str:
+            """Checkpoints are written into a staging folder and renamed once they are complete."""
+            base = Path(self.args.output_dir)
+            return str(base / checkpoint.STAGING if self.writing else base)
+
+        def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+            self.check_finite()
+            self.writing = True
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self.writing = False
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                name = f"checkpoint-{self.state.global_step}"
+                checkpoint.publish(Path(self.args.output_dir), name, self.run.keep_checkpoints)
+            self.accelerator.wait_for_everyone()
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            directory = Path(output_dir or self.args.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+            if (directory / "adapter_config.json").exists():
+                name_base(directory, self.run.base, self.run.base_revision)
+            (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            self.run.save_extra(directory)
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            return 0  # transformers would look for input_ids in a step
+
+    return PackTrainer
+
+
+def finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def best_loss(run_dir: Path) -> float:
+    """The eval loss of the adapter in `best/`, infinite where there is none yet."""
+    record = run_dir / "best" / "best.json"
+    return float(paths.read_json(record, "a best adapter")["eval_loss"]) if record.exists() else float("inf")
+
+
+def finish(trainer: Any, run: Run, seconds: float) -> dict[str, Any]:
+    """Save the last adapter at the top of the run directory. Returns the run's figures."""
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    plan = run.steps.plan
+    figures = {
+        "steps": trainer.state.global_step,
+        "loss": history[-1]["loss"] if history else None,
+        "eval_loss": evals[-1] if evals else None,
+        "best_eval_loss": trainer.best_loss if evals else None,
+        "tokens": sum(plan.tokens(step) for step in range(trainer.state.global_step)),
+        "seconds": round(seconds, 1),
+    }
+    if trainer.is_world_process_zero():
+        log.say(f"saving the adapter to {run.directory}")
+        trainer._save(str(run.directory))
+    return figures

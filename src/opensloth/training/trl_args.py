@@ -1,0 +1,80 @@
+"""A job in the words of TRL: the one place where our settings become its arguments."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensloth.config.run import TrainOptions
+from opensloth.engine import Engine
+
+OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+
+
+def sft_args(
+    options: TrainOptions,
+    *,
+    run_dir: Path,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    engine: Engine,
+    checkpointing: bool,
+    evaluates: bool,
+    backend: str,
+) -> dict[str, Any]:
+    """Keyword arguments of `trl.SFTConfig`. One batch of the loader is a whole optimizer step, so nothing accumulates.
+
+    Args:
+        steps: optimizer steps of the run.
+        engine: says which type to compute in. Frozen weights are stored in it already, so that autocast (slow on a CPU)
+            is only for engines that ask for it; float16 always needs the trainer's loss scaler.
+        evaluates: whether there are held-out rows.
+    """
+    on_gpu = device.type == "cuda"
+    fused = "adamw_torch_fused" if on_gpu else "adamw_torch"
+    optimizer = OPTIMIZERS[options.optim]
+    return {
+        "output_dir": str(run_dir / "checkpoints"),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": options.lr,
+        "lr_scheduler_type": options.lr_scheduler,
+        "warmup_steps": warmup(options, steps),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "optim": fused if optimizer == "adamw_torch" else optimizer,
+        "bf16": engine.autocast and engine.dtype is torch.bfloat16,
+        "fp16": engine.dtype is torch.float16,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "logging_steps": options.logging_steps,
+        "logging_first_step": True,
+        # the filter hides NaN and makes the host wait for the card at every micro-batch
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": options.eval_steps if evaluates and options.eval_steps else steps,
+        "report_to": [word for word in options.report_to if word == "wandb"],
+        "disable_tqdm": True,
+        "seed": seed,
+        "use_cpu": not on_gpu,
+        "ddp_backend": backend,
+        # transformers would search for unused parameters for every PEFT model: slow, and none are unused
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": on_gpu,
+        "max_length": None,
+        "packing": False,
+        "loss_type": "nll",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+
+
+def warmup(options: TrainOptions, steps: int) -> int:
+    """Warm-up in optimizer steps: as given, or a share of the run, but at least one step of a share above 0."""
+    if options.warmup_steps >= 1 or options.warmup_steps == 0:
+        return int(options.warmup_steps)
+    return max(1, round(options.warmup_steps * steps))
