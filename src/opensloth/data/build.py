@@ -1,0 +1,162 @@
+"""Source rows to encoded token rows: in this process for a little data, in a pool of workers for much.
+
+Memory is bounded whatever the source's size: rows travel in batches, a few batches are under way at a time, and they
+come back in the source's order.
+"""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import connection, get_context, parent_process
+from typing import TYPE_CHECKING, Any
+
+from opensloth import log
+from opensloth.data.contract import PromptContract
+from opensloth.data.messages import RowFormat
+from opensloth.data.models import ModelRef, load_tokenizer
+from opensloth.data.row_files import EncodedRows, encode
+from opensloth.data.sources import RawRow
+from opensloth.data.tokenize import DroppedRow, RowBuilder
+from opensloth.errors import WorkerFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_ROWS = 500
+BATCH_CHARACTERS = 2_000_000  # ends a batch of long rows early, so that a batch is a few megabytes at most
+LITTLE = 8  # so many batches are done sooner here than processes start
+UNDER_WAY = 3  # batches per worker
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a process needs to turn source rows into token rows; small and picklable."""
+
+    model: ModelRef
+    trust_remote_code: bool
+    contract: PromptContract
+    row_format: RowFormat
+    target_only: bool
+    max_seq_length: int
+    overlong: str
+
+    def builder(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> RowBuilder:
+        return RowBuilder(
+            tokenizer or load_tokenizer(self.model, self.trust_remote_code),
+            self.contract,
+            self.row_format,
+            target_only=self.target_only,
+            max_seq_length=self.max_seq_length,
+            overlong=self.overlong,
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of one batch: rows to write, rows dropped, and how many there were."""
+
+    rows_in: int
+    rows: EncodedRows
+    dropped: list[DroppedRow]
+
+
+def build_all(
+    rows: Iterable[RawRow], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", workers: int
+) -> Iterator[Built]:
+    """Build every row, in order. Raises what RowBuilder raises, and WorkerFailed where a process was killed.
+
+    `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves.
+    """
+    batches = batched(rows)
+    first = list(islice(batches, LITTLE + 1))
+    if workers == 1 or len(first) <= LITTLE:
+        builder = recipe.builder(tokenizer)
+        for batch in chain(first, batches):
+            yield build(builder, batch)
+    else:
+        yield from build_in_pool(chain(first, batches), recipe, workers)
+
+
+def build(builder: RowBuilder, batch: list[RawRow]) -> Built:
+    kept, dropped = builder.build(batch)
+    return Built(len(batch), encode(kept), dropped)
+
+
+def build_in_pool(batches: Iterator[list[RawRow]], recipe: Recipe, workers: int) -> Iterator[Built]:
+    # spawn, on every platform: a fork copies locks that the progress bar's or Arrow's threads may hold at that moment
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(recipe,))
+    under_way: deque[Future[Built]] = deque()
+    try:
+        for batch in batches:
+            under_way.append(pool.submit(build_in_worker, batch))
+            if len(under_way) >= UNDER_WAY * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        hint = "Most often the machine ran out of memory: lower --workers."
+        raise WorkerFailed("A process that prepares rows was killed.", hint) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_builder: RowBuilder | None = None  # of this worker process
+
+
+def start_worker(recipe: Recipe) -> None:
+    """Make the process's builder once. The tokenizer's own threads are off: there is one process per core already."""
+    global _builder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    log.quiet_libraries()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the pool
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _builder = recipe.builder()
+
+
+def end_with_parent() -> None:
+    """A worker of a killed parent would wait for work for ever: it holds both ends of its own queue."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def build_in_worker(batch: list[RawRow]) -> Built:
+    assert _builder is not None
+    return build(_builder, batch)
+
+
+def batched(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Batches of BATCH_ROWS rows, or fewer where the rows are long."""
+    batch: list[RawRow] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += size_of(row.value)
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def size_of(value: Any) -> int:
+    """Roughly the characters of a row's value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    if isinstance(value, list):
+        return sum(map(size_of, value))
+    return 1
+
+
+def cores() -> int:
+    """The cores this process may use (a container or scheduler may allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,252 @@
+"""`os-data`: source rows to a directory of prepared data.
+
+The directory appears complete or not at all. The same input and options find it and use it again; a change in either
+makes it anew. Nothing is ever asked on the terminal.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import opensloth
+from opensloth import log, paths
+from opensloth.config.data import DataOptions
+from opensloth.config.jobs import DataJob, part
+from opensloth.data.build import Recipe, build_all, cores
+from opensloth.data.manifest import (
+    CONTRACT,
+    DROPPED,
+    LAYOUT,
+    MANIFEST,
+    ROWS,
+    Manifest,
+    SourceInfo,
+    file_sizes,
+    load_manifest,
+)
+from opensloth.data.messages import detect_format, parse_mapping
+from opensloth.data.models import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
+from opensloth.data.prepared import Prepared, open_prepared, plan_for, reshard, write_plan
+from opensloth.data.prompt import contract_for
+from opensloth.data.row_files import RowWriter
+from opensloth.data.sources import Source, open_source
+from opensloth.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prepared", "default_output", "open_prepared", "prepare", "reshard"]
+
+LINES_NAMED = 3  # of each reason, in the error about bad rows
+NOT_IN_DIGEST = {"gpus", "workers"}  # another number of shards is a new plan only; workers change nothing
+
+
+def prepare(job: DataJob) -> Prepared:
+    """Do what the job says, or find it done.
+
+    Raises:
+        UserError: a wrong input, model or option, no usable row (or with `strict` any bad row), an output directory
+            that holds something else, a full disk.
+        WorkerFailed: a worker process was killed.
+    """
+    output = job.output or default_output(job)
+    check_output(output, job)
+    source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
+    model = resolve_model(job.model, job.revision)
+    tokenizer = load_tokenizer(model, job.trust_remote_code)
+    row_format = detect_format(source.columns, parse_mapping(list(job.map)))
+    contract = contract_for(
+        tokenizer, job.chat_template, job.system, model.adapter, text_only=row_format.name == "text"
+    )
+    recipe = Recipe(
+        model=model,
+        trust_remote_code=job.trust_remote_code,
+        contract=contract,
+        row_format=row_format,
+        target_only=job.target_only,
+        max_seq_length=job.max_seq_length,
+        overlong=job.overlong,
+    )
+    inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
+    if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
+        return ready
+    with paths.new_directory(output) as directory:
+        write(directory, job, source, recipe, tokenizer, inputs)
+    return open_prepared(output)
+
+
+def default_output(job: DataJob) -> Path:
+    """data/<method>-<data>-<hash>: the same job always finds its own directory. Reads nothing."""
+    options = job.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"output", "force"})
+    name = Path(job.input.rstrip("/")).name.removeprefix("sample:").split(".")[0] or "data"
+    return Path("data") / f"{job.method}-{name}-{paths.digest(options)[:8]}"
+
+
+def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> dict[str, Any]:
+    """The manifest's fields that are known before a row is read, and the digest of those that decide the result."""
+    fields: dict[str, Any] = {
+        "layout": LAYOUT,
+        "method": job.method,
+        "source": SourceInfo(
+            spec=source.spec,
+            kind=source.kind,
+            split=source.split,
+            subset=source.subset,
+            revision=source.revision,
+            digest=source.digest,
+        ).model_dump(),
+        "model": model_spec(recipe.model),
+        "model_revision": recipe.model.revision,
+        "tokenizer_digest": tokenizer,
+        "contract_hash": recipe.contract.hash,
+        "row_format": recipe.row_format.name,
+        "options": {name: value for name, value in job_options(job).items() if name != "workers"},
+        "code_version": opensloth.__version__,
+    }
+    decisive = {**fields, "options": {k: v for k, v in fields["options"].items() if k not in NOT_IN_DIGEST}}
+    return {**fields, "digest": paths.digest(decisive)}
+
+
+def job_options(job: DataJob) -> dict[str, Any]:
+    return {**part(job, DataOptions), "map": list(job.map), "gpus": job.gpus}
+
+
+def model_spec(model: ModelRef) -> str:
+    """What finds the model again from another working directory."""
+    place = Path(model.spec).expanduser()
+    return str(place.absolute()) if place.is_dir() else model.spec
+
+
+def check_output(output: Path, job: DataJob) -> None:
+    """Raise UserError, before long work, where `output` cannot be written or holds anything but prepared data."""
+    here = output.expanduser().absolute()
+    places = [Path.cwd(), Path.home(), Path(job.input).expanduser().absolute()]
+    if any(here == place or here in place.parents for place in places):
+        raise UserError(f"--output {output} would replace your own files.", "Name a directory for the prepared data.")
+    paths.check_writable(output)
+    if job.force or not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / MANIFEST).is_file():
+        raise UserError(f"{output} holds something that is not prepared data.", "Choose another --output, or --force.")
+    load_manifest(output)
+
+
+def reuse(output: Path, inputs: dict[str, Any], shards: int) -> Prepared | None:
+    """The data in `output`, if it was prepared from the same inputs, re-planned where only the shards differ."""
+    if not (output / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(output)
+    if manifest.digest != inputs["digest"]:
+        log.say(f"{output} was prepared with other {difference(manifest, inputs)}: preparing it again.")
+        return None
+    try:
+        prepared = open_prepared(output)
+    except UserError as error:
+        log.warn(f"{error.message} Preparing it again.")
+        return None
+    if prepared.manifest.shards != shards:
+        log.say(f"{output} is already prepared; planning it for {shards} shards instead of {prepared.manifest.shards}.")
+        return reshard(output, shards)
+    log.say(f"{output} is already prepared from the same input with the same options.")
+    return prepared
+
+
+def difference(manifest: Manifest, inputs: dict[str, Any]) -> str:
+    """What changed between a manifest and the inputs of now, for the line that says why data is made again."""
+    before = {**manifest.model_dump(include=set(inputs)), **manifest.options}
+    now = {**inputs, **inputs["options"]}
+    changed = [
+        name for name in now if name not in NOT_IN_DIGEST | {"options", "digest"} and before.get(name) != now[name]
+    ]
+    return ", ".join(name.replace("_", " ") for name in changed)
+
+
+@dataclass
+class Tally:
+    """What is counted while rows pass by."""
+
+    rows_in: int = 0
+    lengths: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    trained: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    hashes: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_lines: dict[str, list[int]] = field(default_factory=dict)
+
+    def drop(self, line: int, reason: str) -> None:
+        self.dropped[reason] += 1
+        lines = self.first_lines.setdefault(reason, [])
+        if len(lines) < LINES_NAMED:
+            lines.append(line)
+
+    def reasons(self) -> str:
+        """`2 x no assistant turn (lines 3, 9); 1 x not JSON (line 4)`, the most frequent first."""
+        parts = []
+        for reason, count in self.dropped.most_common():
+            lines = self.first_lines[reason]
+            named = ", ".join(str(line) for line in lines) + (", ..." if count > len(lines) else "")
+            parts.append(f"{count:,} x {reason} (line{'s' if count > 1 else ''} {named})")
+        return "; ".join(parts)
+
+
+def write(
+    directory: Path,
+    job: DataJob,
+    source: Source,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: dict[str, Any],
+) -> None:
+    """Fill the new directory: rows, dropped rows, contract, plan, and the manifest last."""
+    tally = write_rows(directory, source, recipe, tokenizer, job.workers or cores())
+    kept = sum(len(part) for part in tally.lengths)
+    if not tally.rows_in:
+        raise UserError(f"{source.spec} holds no rows.")
+    if not kept:
+        message = f"None of the {tally.rows_in:,} rows of {source.spec} can be used: {tally.reasons()}."
+        raise UserError(message, "The README lists the row formats that are read.")
+    if job.strict and tally.dropped:
+        bad = tally.dropped.total()
+        message = f"{bad:,} of {tally.rows_in:,} rows of {source.spec} are bad: {tally.reasons()}."
+        raise UserError(message, "Mend them, or leave out --strict to drop and count them.")
+    recipe.contract.save(directory / CONTRACT)
+    lengths, trained = np.concatenate(tally.lengths), np.concatenate(tally.trained)
+    shape = write_plan(directory, plan_for(lengths, trained, inputs["options"]), inputs["digest"], job.gpus)
+    known: dict[str, Any] = {**inputs, **shape}
+    Manifest(
+        **known,
+        rows_in=tally.rows_in,
+        rows_kept=kept,
+        dropped=dict(tally.dropped.most_common()),
+        duplicates=kept - len(np.unique(np.concatenate(tally.hashes))),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        trained_tokens=int(trained.sum(dtype=np.int64)),
+        files=file_sizes(directory),
+    ).save(directory)
+
+
+def write_rows(
+    directory: Path, source: Source, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", workers: int
+) -> Tally:
+    """Stream the source through the builder into rows/ and dropped.jsonl."""
+    tally = Tally()
+    with (
+        RowWriter(directory / ROWS) as writer,
+        (directory / DROPPED).open("w", encoding="utf-8") as dropped,
+        log.progress("Preparing", source.size, "rows") as report,
+    ):
+        for built in build_all(source.rows(), recipe, tokenizer, workers):
+            tally.rows_in += built.rows_in
+            for row in built.dropped:
+                tally.drop(row.line, row.reason)
+                dropped.write(json.dumps({"line": row.line, "reason": row.reason}, ensure_ascii=False) + "\n")
+            if len(built.rows.lengths):
+                writer.write(built.rows)
+                tally.lengths.append(built.rows.lengths)
+                tally.trained.append(built.rows.trained)
+                tally.hashes.append(built.rows.hashes)
+            report(tally.rows_in)
+    return tally

@@ -1,0 +1,92 @@
+"""`os-data show`: prepared data in the terminal. What is trained is green, what is masked is dim."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from opensloth import log, paths
+from opensloth.data.show_html import page
+from opensloth.data.summary import Summary
+from opensloth.data.view import Bar, RowView, View, view
+from opensloth.errors import UserError
+
+BAR_WIDTH = 40
+TRAINED, MASKED = "green", "dim"
+
+
+def show(
+    directory: Path, *, row: int | None = None, n: int = 3, html: Path | None = None, trust_remote_code: bool = False
+) -> None:
+    """Print the data on stdout, or write it to one HTML file that needs no network.
+
+    Args:
+        row: the id of the one row to show (its 0-based number among the source's rows); else `n` rows of the order.
+    Raises:
+        UserError: the directory is damaged, there is no such row, the file cannot be written.
+    """
+    shown = view(directory, row, n, trust_remote_code)
+    if html is None:
+        Console(soft_wrap=True, highlight=False).print(terminal(shown))
+        return
+    try:
+        paths.write_text(html, page(shown))
+    except OSError as error:
+        raise UserError(f"Cannot write {html}: {error.strerror or error}.", "Name another file.") from error
+    log.say(f"Wrote {html} ({os.path.getsize(html):,} bytes).")
+
+
+def summary_table(summary: Summary) -> Table:
+    """The figures of prepared data, as `os-data` prints them when it is done."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in [("directory", str(summary.directory)), *summary.lines()]:
+        table.add_row(name, Text(log.printable(value)))
+    return table
+
+
+def terminal(shown: View) -> RenderableType:
+    """Everything as one thing that rich prints. Control characters of the data are made visible."""
+    parts: list[RenderableType] = [
+        Text(log.printable(f"{shown.source} for {shown.model}")),
+        summary_table(shown.summary),
+        heading("Tokens of a row"),
+        bars(shown.lengths),
+        heading("Tokens of a pack"),
+        bars(shown.fills),
+    ]
+    if shown.drops:
+        parts += [heading("Dropped (the first)"), *(Text(log.printable(f"line {n}: {why}")) for n, why in shown.drops)]
+    for row in shown.rows:
+        parts += [heading(row_title(row)), row_text(row)]
+    return Group(*parts)
+
+
+def heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def bars(histogram: list[Bar]) -> Text:
+    """One line a bar: the range, a bar as long as its share of the longest, the count."""
+    most = max(bar.count for bar in histogram)
+    wide = len(f"{histogram[-1].high:,}")
+    lines = []
+    for bar in histogram:
+        drawn = "█" * round(BAR_WIDTH * bar.count / most)
+        lines.append(f"{bar.low:>{wide},} - {bar.high:>{wide},}  {drawn:{BAR_WIDTH}}  {bar.count:,}")
+    return Text("\n".join(lines))
+
+
+def row_title(row: RowView) -> str:
+    place = f"{row.split} split, pack {row.pack}, shard {row.shard}"
+    return f"Row {row.row_id}: {row.tokens:,} tokens, {row.trained:,} trained ({place})"
+
+
+def row_text(row: RowView) -> Text:
+    text = Text()
+    for piece in row.pieces:
+        text.append(log.printable(piece.text), style=TRAINED if piece.trained else MASKED)
+    return text
