@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from opensloth import log
-from opensloth.cli.options import Request, add_command, new_app
+from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.program import reader_may_leave, run
 from opensloth.config.jobs import DataJob, SftJob
 from opensloth.errors import UserError, nearest
@@ -71,18 +71,15 @@ def show(
     row: Annotated[int | None, typer.Option("--row", help="One row, by its row_id.", metavar="ID")] = None,
     number: Annotated[int, typer.Option("-n", "--number", help="How many rows.", metavar="N", min=0)] = 3,
     html: Annotated[Path | None, typer.Option(help="Write one offline HTML page.", metavar="FILE")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a hub model.")
+    ] = False,
 ) -> None:
     """Show prepared rows with their trained and masked tokens, lengths, packs and drops."""
-    from opensloth.data.prepare import open_prepared
-    from opensloth.data.show import show_html, show_terminal
+    from opensloth.data.show import show
 
-    prepared = open_prepared(directory)
     with reader_may_leave():
-        if html is None:
-            show_terminal(prepared, row, number)
-        else:
-            show_html(prepared, html, row, number)
-            print(html)
+        show(directory, row=row, n=number, html=html, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -123,7 +120,8 @@ def report(prepared: "Prepared", as_json: bool) -> None:
 
 
 def main() -> None:
-    sys.exit(run(app, sys.argv[1:] or ["--help"]))
+    hint = "That is a setting of training: give it to os-sft, or to os-train sft."
+    sys.exit(run(app, sys.argv[1:] or ["--help"], elsewhere(DataJob, SftJob, hint)))
 
 
 if __name__ == "__main__":

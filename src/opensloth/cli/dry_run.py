@@ -53,7 +53,9 @@ def plan_sft(resolved: Resolved[SftJob], prepared: "Prepared", world: "World", a
     from opensloth.data.summary import summarize
 
     job = resolved.job
-    figures = dict(summarize(prepared).lines())
+    figures: Figures = {}
+    for name, text in summarize(prepared).lines():  # there may be several reasons under `dropped`
+        figures[name] = f"{figures[name]}; {text}" if name in figures else text
     seed = job.seed if job.seed is not None else int(prepared.manifest.options["seed"])
     plan = schedule(prepared, job, seed=seed, processes=world.processes)
     tokens = [plan.tokens(step) for step in range(len(plan.steps))]
@@ -149,11 +151,11 @@ def estimated_steps(job: TrainOptions, rows: int, tokens: int, processes: int) -
 
     if job.batch_size is not None:
         wanted = job.batch_size * (job.grad_accum or 1) * processes
-        per_epoch, a_step = rows / wanted, f"{wanted:,} rows"
+        per_epoch, a_step = math.ceil(rows / wanted), f"{wanted:,} rows"
     else:
         auto = isinstance(job.tokens_per_step, str)
         each = auto_tokens_per_step(tokens) if auto else int(job.tokens_per_step)
-        per_epoch, a_step = tokens / each, f"{each:,} tokens" + (" (auto)" if auto else "")
+        per_epoch, a_step = math.ceil(tokens / each), f"{each:,} tokens" + (" (auto)" if auto else "")
     steps = job.max_steps or max(math.ceil(per_epoch * job.epochs), 1)
     figures = {"steps": f"about {steps:,}, {steps / per_epoch:.4g} passes over the data", "a step": a_step}
     return figures | processes_figures(job, processes)
@@ -214,6 +216,10 @@ def settings_lines(resolved: Resolved[Settings]) -> list[str]:
     wide = max((len(value) for _, value, _ in given), default=0)
     lines = [f"  {name:<26}{value:<{min(wide, 40)}}  ({origin})" for name, value, origin in given]
     return [*lines, f"  and {len(record) - len(given)} defaults, which docs/options.md lists (--json shows them)"]
+
+
+def is_given(item: dict[str, Any]) -> bool:
+    return item["origin"] != "default" and item["value"] is not None
 
 
 def shown(value: Any) -> str:

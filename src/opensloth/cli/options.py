@@ -87,6 +87,11 @@ def add_command(
     app.command(name, help=help, context_settings=CONTEXT)(command)
 
 
+def elsewhere(here: type[Settings], there: type[Settings], hint: str) -> dict[str, str]:
+    """The options that only the job `there` has, each with a hint for those who gave it to `here`."""
+    return {item.flag: hint for item in declared(there) if item.name not in here.model_fields}
+
+
 def common(name: str, kind: Any, default: Any, flag: str, **extra: Any) -> inspect.Parameter:
     info = typer.Option(flag, help=COMMON[name], rich_help_panel=OWN_PANEL, show_default=False, **extra)
     return keyword(name, kind, info, default)

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import cast
 
 import typer
@@ -17,8 +18,14 @@ INTERRUPTED = 130  # how Typer reports Ctrl-C; ours is 75, because the same comm
 UsageFault = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 
 
-def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
-    """Run a program and return its exit code. A bug is not caught: its traceback is worth more than a code."""
+def run(
+    app: typer.Typer, arguments: list[str] | None = None, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> int:
+    """Run a program and return its exit code. A bug is not caught: its traceback is worth more than a code.
+
+    Args:
+        elsewhere: options that this program does not have, each with the hint that says where it belongs.
+    """
     log.quiet_libraries()
     try:
         status = app(args=arguments, standalone_mode=False)
@@ -26,7 +33,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
         log.fail(error.message, error.hint)
         return error.exit_code
     except UsageFault as error:
-        log.fail(error.format_message(), where_to_look(error))
+        log.fail(error.format_message(), elsewhere.get(unknown_option(error)) or where_to_look(error))
         return USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
@@ -46,6 +53,10 @@ def reader_may_leave() -> Iterator[None]:
         # The interpreter flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(DONE) from None
+
+
+def unknown_option(error: typer.BadParameter) -> str:
+    return str(getattr(error, "option_name", "")).replace("_", "-")
 
 
 def where_to_look(error: typer.BadParameter) -> str:

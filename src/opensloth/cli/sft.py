@@ -1,18 +1,20 @@
 """`os-sft DIR`: train an adapter on prepared data."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensloth.cli.options import Request, add_command, new_app
+from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.program import run
 from opensloth.config.base import Resolved, read_config
 from opensloth.config.jobs import DataJob, SftJob
 from opensloth.errors import UserError
+from opensloth.launch.world import plan_world, under_torchrun
 
 if TYPE_CHECKING:
-    from opensloth.data.prepare import Prepared
+    from opensloth.data.prepared import Prepared
     from opensloth.launch.run_directory import Result
 
 HELP = "Train an adapter on prepared data (the directory that os-data left)."
@@ -21,8 +23,7 @@ app = new_app(HELP)
 
 
 def sft(request: Request[SftJob]) -> None:
-    from opensloth.data.prepare import open_prepared
-    from opensloth.launch.world import plan_world
+    from opensloth.data.prepared import open_prepared
 
     prepared = open_prepared(request.job.data)
     check_method(prepared)
@@ -67,7 +68,10 @@ def check_config(prepared: "Prepared", config: Path) -> None:
 
 
 def with_data_settings(resolved: Resolved[SftJob], prepared: "Prepared") -> Resolved[SftJob]:
-    """Fill in what the data fixes: its model and seed, unless others were named. Raises UserError where they clash."""
+    """Fill in what the data fixes, its model and seed, unless others were named.
+
+    Raises UserError where the named model reads other tokens.
+    """
     job, manifest = resolved.job, prepared.manifest
     fixed: dict[str, Any] = {}
     if job.model is None:
@@ -86,17 +90,19 @@ def check_tokenizer(job: SftJob, prepared: "Prepared") -> None:
     """Another model may be trained on the data if it reads the same tokens."""
     from opensloth.data.models import load_tokenizer, resolve_model, tokenizer_digest
 
+    manifest = prepared.manifest
     tokenizer = load_tokenizer(resolve_model(str(job.model), job.revision), job.trust_remote_code)
-    if tokenizer_digest(tokenizer) != prepared.manifest.tokenizer_digest:
+    if tokenizer_digest(tokenizer) != manifest.tokenizer_digest:
         raise UserError(
-            f"--model {job.model} reads other tokens than {prepared.manifest.model}, "
-            f"for which {prepared.directory} was prepared.",
-            f"Prepare the data for it: os-data {prepared.manifest.source.spec} --model {job.model}",
+            f"--model {job.model} reads other tokens than {manifest.model}, the model of {prepared.directory}.",
+            f"Prepare the data for it: os-data {manifest.source.spec} --model {job.model}",
         )
 
 
 def report(result: "Result", as_json: bool) -> None:
-    """Print where the adapter is, and the last figures of the run."""
+    """Print where the adapter is, and the last figures of the run; once, however many processes torchrun started."""
+    if under_torchrun() and os.environ["RANK"] != "0":
+        return
     if as_json:
         record = {"output": str(result.output), "status": result.status, "metrics": result.metrics}
         print(json.dumps(record, ensure_ascii=False))
@@ -107,7 +113,8 @@ def report(result: "Result", as_json: bool) -> None:
 
 
 def main() -> None:
-    sys.exit(run(app))
+    hint = "That is settled when the data is prepared: give it to os-data."
+    sys.exit(run(app, elsewhere=elsewhere(SftJob, DataJob, hint)))
 
 
 if __name__ == "__main__":
