@@ -1,0 +1,76 @@
+"""The first code of every worker: `python -m opensloth.launch.child MODULE RUN_DIR` runs MODULE as a program.
+
+It sends all output to the worker's log, ties the worker's life to its launcher's, and turns what MODULE raises into
+the report that the launcher reads. Not for processes of a plain torchrun, which has its own logs.
+"""
+
+import contextlib
+import faulthandler
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+from opensloth.errors import STOPPED, RunStopped
+from opensloth.launch import failure, stop
+
+PARENT_POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_launcher(launcher: int) -> None:
+    """End this process when the launcher is gone, also when that was killed without a chance to say so."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    if os.getppid() != launcher:  # it went before it could be watched
+        os._exit(failure.BUG)
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(failure.BUG)
+
+
+def run(module: str, run_dir: str) -> int:
+    """Run `module` with `run_dir` as its argument; its failure becomes a report. Returns the exit code."""
+    sys.argv = [module, run_dir]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if isinstance(exit_.code, str):
+            sys.stderr.write(exit_.code + "\n")
+        if code == STOPPED and failure.read_own() is None:
+            failure.report(RunStopped("The run was stopped.", "The same command resumes it."))
+        return code
+    except BaseException as error:
+        return failure.report(error)
+    return 0
+
+
+def main() -> None:
+    module, run_dir = sys.argv[1:]
+    # The launcher gave stdout a file; stderr joins it there, so that the log holds both in their order.
+    os.dup2(1, 2)
+    faulthandler.enable()
+    die_with_launcher(int(os.environ[stop.LAUNCHER]))
+    code = run(module, run_dir)
+    if code in (0, STOPPED):
+        # torch elastic would end the other processes, which may still be writing the checkpoint, after a code over 0;
+        # the report tells the launcher that this was a stop.
+        sys.exit(0)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # a communicator that lost its peers can block a normal exit for minutes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The torch elastic agent that starts this machine's workers: where they meet, their environment and their logs."""
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensloth import log
+from opensloth.launch import stop
+from opensloth.launch.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
+FOLLOW_SECONDS = 0.1
+LIVE = "step "  # a log line that begins so replaces the one before on a terminal: the run's live line
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank_{rank}.log"
+
+
+def report_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank_{rank}.error.json"
+
+
+def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt: int) -> "LocalElasticAgent":
+    """An agent that runs `python -m opensloth.launch.child MODULE RUN_DIR` once per device of this machine.
+
+    It never restarts workers itself (the launcher knows which failures are worth it). Its handler of signals is not
+    used: that one leaves workers 30 s to end, and they have a checkpoint to write.
+    """
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    # What it has to say, our errors say better.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    alone = world.nnodes == 1
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=len(world.devices),
+        entrypoint=sys.executable,
+        args=("-P", "-m", "opensloth.launch.child", module, str(run_dir)),
+        rdzv_handler=_rendezvous(world, timeout, attempt),
+        max_restarts=0,
+        local_addr="127.0.0.1" if alone else None,  # a host name that does not resolve would block gloo
+    )
+    return LocalElasticAgent(spec, logs_specs=_logs(world, run_dir, timeout, attempt))
+
+
+def _rendezvous(world: World, timeout: int, attempt: int) -> "RendezvousHandler":
+    """One machine meets itself at a free port; several meet at machine 0, in the order of their --node-rank."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
+
+    if world.nnodes == 1:
+        parameters = RendezvousParameters(
+            "c10d", "127.0.0.1:0", uuid.uuid4().hex, 1, 1, local_addr="127.0.0.1", is_host=True, timeout=60
+        )
+    else:
+        # c10d would number the machines by address; then rank 0, which writes the results, could be on any of them
+        endpoint, run = world.rdzv_endpoint or "", f"opensloth-{attempt}"
+        parameters = RendezvousParameters(
+            "static", endpoint, run, world.nnodes, world.nnodes, rank=world.node_rank, timeout=timeout
+        )
+    return registry.get_rendezvous_handler(parameters)
+
+
+def _logs(world: World, run_dir: Path, timeout: int, attempt: int) -> "LogsSpecs":
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
+
+    class RunDirectoryLogs(DefaultLogsSpecs):
+        """Logs and reports by global rank in the run directory; also each worker's own environment."""
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            stdouts, reports = {}, {}
+            for local_rank, env in envs.items():
+                rank = int(env["RANK"])
+                path, report = log_path(run_dir, rank), report_path(run_dir, rank)
+                if path.exists():
+                    os.replace(path, path.with_suffix(".previous.log"))
+                report.unlink(missing_ok=True)
+                stdouts[local_rank], reports[local_rank] = str(path), str(report)
+                env |= worker_environment(world, local_rank, timeout, attempt)
+                env["TORCHELASTIC_ERROR_FILE"] = str(report)
+            return LogsDest(stdouts, dict.fromkeys(envs, ""), {}, {}, reports, "", "")
+
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    return RunDirectoryLogs(log_dir=str(run_dir / "logs"))
+
+
+def worker_environment(world: World, local_rank: int, timeout: int, attempt: int) -> dict[str, str]:
+    """What a worker is told beside torch's own variables."""
+    values = {
+        "OPENSLOTH_DEVICE": world.devices[local_rank],
+        "OPENSLOTH_BACKEND": world.backend,
+        "OPENSLOTH_TIMEOUT": str(timeout),
+        "OPENSLOTH_ATTEMPT": str(attempt),  # over 0: a restart, which goes on from the newest checkpoint
+        stop.LAUNCHER: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    if "OMP_NUM_THREADS" not in os.environ:
+        values["OMP_NUM_THREADS"] = str(max(1, cores() // len(world.devices)))
+    return values
+
+
+def cores() -> int:
+    """The cores that this process may use: a scheduler's share, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def followed(path: Path) -> Iterator[None]:
+    """Show what is written to the log `path` on stderr while the block runs. `path` may appear later."""
+    done = threading.Event()
+    old = path.stat().st_ino if path.exists() else None  # an earlier run's log, until the worker starts a new one
+    thread = threading.Thread(target=_follow, args=(path, old, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(path: Path, old: int | None, done: threading.Event) -> None:
+    while not path.exists() or path.stat().st_ino == old:
+        if done.wait(FOLLOW_SECONDS):
+            return
+    screen = Screen()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            last_round = done.is_set()
+            while line := file.readline():
+                while not line.endswith("\n") and not last_round:  # half a line: wait for its rest
+                    time.sleep(FOLLOW_SECONDS)
+                    line += file.readline()
+                    last_round = done.is_set()
+                screen.line(line.rstrip("\n"))
+            if last_round:
+                screen.close()
+                return
+            done.wait(FOLLOW_SECONDS)
+
+
+class Screen:
+    """Writes lines to stderr. On a terminal, a live line is replaced by the line that follows it."""
+
+    def __init__(self) -> None:
+        self.out = sys.stderr
+        self.live = False
+
+    def line(self, text: str) -> None:
+        text = log.printable(text)
+        if not self.out.isatty():
+            self.out.write(text + "\n")
+        else:
+            live = text.startswith(LIVE)
+            clear = "\r\x1b[2K" if self.live and live else "\n" if self.live else ""
+            self.out.write(clear + text + ("" if live else "\n"))
+            self.live = live
+        self.out.flush()
+
+    def close(self) -> None:
+        if self.live:
+            self.out.write("\n")
+            self.live = False

@@ -1,0 +1,87 @@
+"""How a run ended: the reports of its workers, the error that the user sees for them, and the end of their logs."""
+
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensloth.errors import OpenSlothError, RunStopped, UserError, WorkerFailed
+from opensloth.launch import elastic, failure
+from opensloth.launch.failure import Report
+from opensloth.launch.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult
+
+LAST_LINES = 15
+
+
+def reports(world: World, run_dir: Path, started: float, result: "RunResult | None") -> list[Report]:
+    """The reports of all ranks (other machines' too, where the directory is shared), and of those that left none."""
+    found = {}
+    for rank in range(world.processes):
+        report = failure.read(elastic.report_path(run_dir, rank))
+        if report is not None and report.when >= started - 1:
+            found[rank] = report
+    for rank, dead in (result.failures if result else {}).items():
+        if rank in found:
+            continue
+        if dead.exitcode < 0:
+            name = dead.signal_name()
+            kind = failure.ENDED if dead.exitcode == -signal.SIGTERM else failure.DEAD
+            message = f"was killed by {name}."
+        else:
+            kind, message = failure.DEAD, f"ended with exit code {dead.exitcode} and no word."
+        found[rank] = Report(rank, kind, message, "", WorkerFailed.exit_code, "", dead.timestamp)
+    if result is None and not found:
+        message = "left the rendezvous: the other machines had ended already."
+        found[0] = Report(0, failure.DEAD, message, "", WorkerFailed.exit_code, "", time.time())
+    return list(found.values())
+
+
+def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothError:
+    """The error that the user sees for a run that ended with `report`. Without `run_dir` no log is named."""
+    if report.stopped:
+        return RunStopped(report.message, report.hint)
+    if report.kind == UserError.__name__:
+        return UserError(report.message, report.hint)
+    path = elastic.log_path(run_dir, report.rank) if run_dir else None
+    where = f"Log: {path}" if path else ""
+    if report.expected:
+        return WorkerFailed(report.message, f"{report.hint}\n{where}".strip())
+    name = f"Process {report.rank}"
+    local = report.rank - world.node_rank * len(world.devices)
+    if 0 <= local < len(world.devices):
+        name += f" ({world.devices[local]})"
+    if report.kind not in {failure.DEAD, failure.ENDED}:
+        lost = " It lost another process, whose log may say why." if report.lost_peer else ""
+        return WorkerFailed(f"{name} failed: {report.message}{lost}", f"{report.traceback.rstrip()}\n{where}".strip())
+    hints = ["The system kills what takes too much memory."] if "SIGKILL" in report.message else []
+    if path and (lines := _last_lines(path)):
+        hints.append("Its last lines:\n" + "\n".join(f"  {line}" for line in lines))
+    return WorkerFailed(f"{name} {report.message}", "\n".join([*hints, where]))
+
+
+def _last_lines(path: Path) -> list[str]:
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        return file.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+    return []
+
+
+def append_to_log(run_dir: Path, report: Report) -> None:
+    """The log ends with the error. Written here, because what a worker writes is shown at once, and this will be."""
+    path = elastic.log_path(run_dir, report.rank)
+    if path.exists() and not report.stopped:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{report.traceback}error: {report.message} {report.hint}".rstrip() + "\n")
+
+
+def no_meeting(world: World, error: BaseException) -> OpenSlothError:
+    """The processes never started: the machines did not find each other, or the system refused."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if world.nnodes == 1:
+        return WorkerFailed(f"The worker processes could not be started: {text}")
+    message = f"The {world.nnodes} machines did not meet at {world.rdzv_endpoint}: {text}"
+    return UserError(message, "Start all within --timeout seconds, with machine 0's address and a free, open port.")
