@@ -176,6 +176,8 @@ def all_reduce():
     torch, dist = join()
     value = torch.tensor(float(rank + 1))
     dist.all_reduce(value)
+    dist.barrier()
+    dist.destroy_process_group()
     return value.item()
 """
 WAIT_FOREVER = "time.sleep(600)"
@@ -240,9 +242,10 @@ def test_the_report_of_a_worker_is_the_error_of_the_run(tmp_path: Path, worker: 
 def test_the_worker_at_fault_is_named_not_its_peers(tmp_path: Path, worker: Callable[[str], str]) -> None:
     name = worker(
         "from opensloth.errors import WorkerFailed\n"
-        "all_reduce()\n"
+        "torch, dist = join()\n"
+        "dist.all_reduce(torch.ones(1))\n"
         "if rank == 1: raise WorkerFailed('The loss is NaN at step 3.', 'Lower --lr.')\n"
-        "import torch, torch.distributed as dist\ndist.all_reduce(torch.ones(1))\n"
+        "dist.all_reduce(torch.ones(1))\n"
     )
     error = failed(tmp_path, name, errors.WorkerFailed)
     assert error.message == "The loss is NaN at step 3."
@@ -418,7 +421,8 @@ def prepare():
         raise errors.UserError("The data is empty.")
     return first
 try:
-    print("first", leader_first("data", prepare), leader_first("again", lambda: os.environ["RANK"]), flush=True)
+    line = f"first {leader_first('data', prepare)} {leader_first('again', lambda: os.environ['RANK'])}\\n"
+    os.write(1, line.encode())  # in one piece: the processes share the pipe
     run_workers(plan_world(LaunchOptions()), run_dir, max_restarts=0, timeout=60, module="fake_worker")
 except errors.OpenSlothError as error:
     print("error:", error, flush=True)
@@ -440,7 +444,7 @@ def run_under_torchrun(tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_under_torchrun_the_leader_prepares_and_all_train(tmp_path: Path, worker: Callable[[str], str]) -> None:
-    worker("print('sum', all_reduce(), os.environ['OPENSLOTH_DEVICE'], sys.argv[1:], flush=True)\n")
+    worker("os.write(1, f'sum {all_reduce()} {os.environ[\"OPENSLOTH_DEVICE\"]} {sys.argv[1:]}\\n'.encode())\n")
     done = run_under_torchrun(tmp_path)
     assert done.returncode == 0, done.stderr
     lines = sorted(done.stdout.splitlines())

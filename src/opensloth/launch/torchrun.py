@@ -14,7 +14,7 @@ from opensloth.launch import elastic, failure, outcome, stop
 from opensloth.launch.world import World, under_torchrun
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 MEETING_MINUTES = 10
 PREPARATION_HOURS = 48  # how long the others wait for the leader
@@ -58,6 +58,7 @@ def _store() -> "Store":
     """torchrun's own key-value store; with other launchers one that rank 0 serves for as long as it lives."""
     from torch.distributed.rendezvous import rendezvous
 
+    store: Store
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=MEETING_MINUTES))))
     return store
 
