@@ -177,8 +177,9 @@ def check_same(expected: PromptContract, actual: PromptContract, tokenizer: Any)
 
 def first_difference(expected: PromptContract, actual: PromptContract, tokenizer: Any) -> str:
     """What a person needs to see: a token of a short conversation, else the setting that differs."""
-    for probe in (ANSWERED, [{"role": "system", "content": SYSTEM}, *ANSWERED, *ANSWERED]):
-        wanted, given = (probe_ids(contract, probe, tokenizer) for contract in (expected, actual))
+    long = [{"role": "system", "content": SYSTEM}, *ANSWERED, *ANSWERED]
+    for probe, prompt in ((ASKED, True), (ANSWERED, False), (long, False), (long[:-1], True)):
+        wanted, given = (probe_ids(contract, probe, prompt, tokenizer) for contract in (expected, actual))
         for place, (want, have) in enumerate(zip_longest(wanted, given)):
             if want != have:
                 there, here = shown(tokenizer, want), shown(tokenizer, have)
@@ -195,12 +196,14 @@ def first_difference(expected: PromptContract, actual: PromptContract, tokenizer
     return f"their templates part at character {place}: {excerpts[0]!r} and {excerpts[1]!r}"
 
 
-def probe_ids(contract: PromptContract, messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def probe_ids(
+    contract: PromptContract, messages: list[dict[str, Any]], add_generation_prompt: bool, tokenizer: Any
+) -> list[int]:
     try:
-        pieces = [segment.text for segment in contract.segments(messages)]
-    except BadRow:
+        text = contract.render(messages, add_generation_prompt)
+    except BadRow:  # no system role
         return []
-    return [token for ids in encoder_of(tokenizer).encode([pieces])[0] for token in ids]
+    return encoder_of(tokenizer).encode([[text]])[0][0]
 
 
 def shown(tokenizer: Any, token: int | None) -> str:
