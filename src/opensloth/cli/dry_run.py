@@ -78,9 +78,9 @@ def data_figures(job: DataJob) -> tuple[Figures, int, int]:
     from opensloth.data.messages import detect_format, parse_mapping
     from opensloth.data.models import load_tokenizer
     from opensloth.data.prompt import contract_for
-    from opensloth.data.sources import open_source
+    from opensloth.data.sources import is_path, open_source
 
-    if not is_local(job.input):
+    if not is_local(job.input) and not is_path(job.input):
         return {"data": "not estimated: that would fetch the data set from the hub"}, 0, 0
     source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
     row_format = detect_format(source.columns, parse_mapping(list(job.map)))

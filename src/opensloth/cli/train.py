@@ -1,8 +1,6 @@
 """`os-train`: from a raw data set to an adapter in one command."""
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +12,10 @@ from opensloth.cli.program import run
 from opensloth.cli.sft import report
 from opensloth.config.base import Resolved
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob, part
-from opensloth.launch.world import plan_world, under_torchrun
+from opensloth.launch.world import plan_world
 
 if TYPE_CHECKING:
     from opensloth.data.prepared import Prepared
-
-DATA_READY = "opensloth/data"
-LONGEST_PREPARATION = timedelta(days=1)  # torchrun ends the waiting processes if the first one fails
 
 app = new_app("From a raw data set to a trained adapter.")
 
@@ -33,9 +28,11 @@ def train_sft(request: Request[TrainSftJob]) -> None:
 
         plan_train_sft(request, job, world)
         return
+    from opensloth.data.prepare import prepare
     from opensloth.launch.run_directory import start
+    from opensloth.launch.torchrun import leader_first
 
-    prepared = prepare_in_turn(job)
+    prepared = leader_first("data", lambda: prepare(job))
     dropped = sum(prepared.manifest.dropped.values())
     log.say(
         f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"
@@ -53,29 +50,6 @@ def data_job(job: TrainSftJob, processes: int) -> DataJob:
     """The preparation's part of the job. Its directory has the default name; --output and --force are the run's."""
     shared: dict[str, Any] = part(job, DataJob)
     return DataJob.model_validate(shared | {"output": None, "force": False, "gpus": processes})
-
-
-def prepare_in_turn(job: DataJob) -> "Prepared":
-    """Prepare the data; under torchrun the first process does, and then the others find it done.
-
-    The first process of every machine has its turn before the rest of that machine, as disks may not be shared.
-    """
-    from opensloth.data.prepare import prepare
-
-    if not under_torchrun() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return prepare(job)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    rank, machine = int(os.environ["RANK"]), os.environ["GROUP_RANK"]
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=LONGEST_PREPARATION)
-    if rank > 0:
-        store.wait([DATA_READY if os.environ["LOCAL_RANK"] == "0" else f"{DATA_READY}/{machine}"])
-    prepared = prepare(job)
-    store.set(f"{DATA_READY}/{machine}", "1")
-    if rank == 0:
-        store.set(DATA_READY, "1")
-    return prepared
 
 
 def sft_job(resolved: Resolved[TrainSftJob], prepared: "Prepared") -> Resolved[SftJob]:

@@ -15,7 +15,7 @@ from opensloth.errors import UserError, nearest
 class Settings(BaseModel):
     """A group of settings. Unknown names are errors; a job never changes once it is resolved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -42,7 +42,7 @@ def open_source(
         source = _directory(spec, path, split, samples) if path.is_dir() else _file(spec, path, split, samples)
         _ = source.columns  # an empty or unreadable source is refused here, before any other work
         return source
-    if _is_path(spec):
+    if is_path(spec):
         raise _missing(spec, path)
     from opensloth.data import hub
 
@@ -118,7 +118,8 @@ def _directory(spec: str, path: Path, split: str, samples: int | None) -> Source
     )
 
 
-def _is_path(spec: str) -> bool:
+def is_path(spec: str) -> bool:
+    """Whether `spec` is meant as a place on this machine, whatever lies there."""
     return (
         spec.startswith((".", "~"))
         or os.path.isabs(spec)
