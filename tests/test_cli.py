@@ -429,3 +429,22 @@ def test_a_model_that_reads_other_tokens_than_the_data_is_refused(here, call, mo
     assert code == 2
     assert "--model" in err
     assert str(model) in err
+
+
+def test_the_end_of_a_run_says_where_the_adapter_is_and_how_to_watch_it(tmp_path, capsys):
+    from opensloth.launch.run_directory import Result
+
+    (tmp_path / "tensorboard").mkdir()
+    result = Result(tmp_path, "trained", {"steps": 1200, "loss": 0.123456, "eval_loss": None})
+    sft.report(result, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["trained", str(tmp_path)]
+    assert [line.split() for line in lines[1:3]] == [["steps", "1,200"], ["loss", "0.1235"]]
+    assert str(tmp_path / "tensorboard") in lines[3]
+    assert len(lines) == 4
+    sft.report(result, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(tmp_path),
+        "status": "trained",
+        "metrics": result.metrics,
+    }

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensloth import log
 from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.program import run
 from opensloth.config.base import Resolved, read_config
@@ -107,9 +109,19 @@ def report(result: "Result", as_json: bool) -> None:
         record = {"output": str(result.output), "status": result.status, "metrics": result.metrics}
         print(json.dumps(record, ensure_ascii=False))
         return
-    print(f"{result.status}  {result.output}")
-    for name, value in result.metrics.items():
-        print(f"  {name:<24} {value}")
+    lines = [(result.status, str(result.output))]
+    lines += [(name.replace("_", " "), figure(value)) for name, value in result.metrics.items() if value is not None]
+    if (board := result.output / "tensorboard").is_dir():
+        lines.append(("watch it", f"tensorboard --logdir {shlex.quote(str(board))}"))
+    for name, text in lines:
+        print(log.printable(f"{name:<18}{text}"))
+
+
+def figure(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
