@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log
 from opensloth.data.schedule import Schedule
+from opensloth.launch.stop import StopRequest
 
 LINE_SECONDS = 1.0  # between two lines for the person
 
@@ -88,22 +88,16 @@ class Metrics(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGINT or SIGUSR1 on any process: all save the step they have just completed, and stop."""
+    """A request to stop, on any process: all save the step they have just completed, and end."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.request = StopRequest().install()
         self.stopped = False
         # A group on the CPU: to ask the others never makes the host wait for its card.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.note)
-
-    def note(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stop = self.received is not None
+        stop = self.request.name is not None
         if self.group is not None:
             flag = torch.tensor(int(stop))
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)

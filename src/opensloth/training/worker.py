@@ -154,7 +154,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.stopped:
         raise RunStopped(
-            f"Stopped by {stop.received or 'a signal'} after step {trainer.state.global_step}, which is saved.",
+            f"Stopped by {stop.request.name or 'a signal'} after step {trainer.state.global_step}, which is saved.",
             "The same command goes on from there.",
         )
     figures = sft.finish(trainer, this_run, time.monotonic() - begin)
