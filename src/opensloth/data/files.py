@@ -196,7 +196,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         reader = csv.reader(text)
-        header = next(reader, None)
+        header = next((fields for fields in reader if not _is_blank(fields)), None)
         if header is None:
             return
         if len(set(header)) < len(header):
@@ -205,7 +205,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
         try:
             for fields in reader:
                 line, before = before + 1, reader.line_num  # where the row starts: quoted fields span lines
-                if not fields:
+                if _is_blank(fields):
                     continue
                 if len(fields) != len(header):
                     yield RawRow(line, None, MORE_FIELDS if len(fields) > len(header) else FEWER_FIELDS)
@@ -217,6 +217,10 @@ def _csv(path: Path) -> Iterator[RawRow]:
             raise UserError(
                 f"{path} is no CSV from line {before + 1} on: {error}.", "Is a quote not closed?"
             ) from error
+
+
+def _is_blank(fields: list[str]) -> bool:
+    return not fields or (len(fields) == 1 and not fields[0].strip())
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:

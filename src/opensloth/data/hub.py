@@ -5,7 +5,6 @@ are asked for, and read here, so nothing is stored twice and one broken line cos
 read (text, CSV with its options, archives) goes through its own Arrow cache. HF_ENDPOINT, HF_HOME and HF_TOKEN hold.
 """
 
-import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -17,14 +16,11 @@ from typing import Any
 
 from opensloth import log, paths
 from opensloth.data import files, folders
+from opensloth.data.hub_errors import Unreachable, causes_of, disk_is_full, gated, hub_errors
 from opensloth.data.rows import RawRow, Source
 from opensloth.errors import UserError, nearest
 
 TIMEOUT = 20.0  # seconds, for the first answer
-
-
-class Unreachable(UserError):
-    """The hub did not answer; what was fetched before may still serve."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def open_hub(spec: str, *, split: str, subset: str | None, revision: str | None,
     key = paths.digest([constants.ENDPOINT, spec, revision, subset, split])
     kept = paths.cache_dir() / "hub" / f"{key}.json"
     try:
-        with hub_errors(spec):
+        with hub_errors(spec, revision):
             listing = _resolve(spec, split, subset, revision)
         paths.write_json(kept, asdict(listing))
     except Unreachable as error:
@@ -79,8 +75,12 @@ def _resolve(spec: str, split: str, subset: str | None, revision: str | None) ->
     repo, commit = info.id, info.sha or "main"
     try:
         builder = datasets.load_dataset_builder(repo, name=subset, revision=commit)
-    except datasets.exceptions.DataFilesNotFoundError:
+    except (datasets.exceptions.DataFilesNotFoundError, datasets.data_files.EmptyDatasetError):
         raise UserError(f"{spec} holds no data files on the hub.", "Is it the right data set?") from None
+    except datasets.exceptions.DatasetNotFoundError:
+        if info.gated:  # `datasets` drops the hub's own answer, which said so
+            raise gated(spec) from None
+        raise
     except ValueError as error:
         raise _no_subset(spec, repo, commit, subset, error) from error
     except RuntimeError as error:
@@ -172,7 +172,7 @@ def _rows_by_datasets(listing: Listing) -> Iterator[RawRow]:
         try:
             table = datasets.load_dataset(listing.repo, listing.subset, split=listing.split, revision=listing.commit)
         except datasets.exceptions.DatasetGenerationError as error:
-            if any(_disk_is_full(cause) for cause in _causes(error)):
+            if any(disk_is_full(cause) for cause in causes_of(error)):
                 raise
             raise UserError(f"{listing.repo} cannot be read: {error}", "Fetch its files and convert them.") from error
     batches = (part for rows in table.with_format("arrow").iter(files.BATCH_ROWS) for part in rows.to_batches())
@@ -194,78 +194,3 @@ def _bars_on_terminals_only() -> Iterator[None]:
     finally:
         enable_progress_bars()
         datasets_logging.enable_progress_bar()
-
-
-@contextmanager
-def hub_errors(spec: str) -> Iterator[None]:
-    """Turn what the hub's clients raise into UserError (Unreachable where no answer came)."""
-    import httpx
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        yield
-    except (OSError, httpx.HTTPError, HFValidationError, DatasetsError) as error:
-        raise explain(spec, error) from error
-
-
-def explain(spec: str, error: BaseException) -> UserError:
-    """The cause, found in the chain of exceptions that the clients wrap around it, and the way out."""
-    import httpx
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    causes = list(_causes(error))
-
-    def among(*kinds: type[BaseException]) -> BaseException | None:
-        return next((cause for cause in causes if isinstance(cause, kinds)), None)
-
-    where = constants.ENDPOINT
-    page = f"{where}/datasets/{spec}"
-    login = "`hf auth login` or HF_TOKEN"
-    if any(_disk_is_full(cause) for cause in causes):
-        return UserError(
-            f"The disk is full: {spec} does not fit.", f"Free space, or set HF_HOME (now {constants.HF_HOME})."
-        )
-    if among(hub.HFValidationError):
-        return UserError(f"{spec} is neither a file here nor a possible hub id.", "A hub id looks like owner/name.")
-    if among(hub.GatedRepoError):
-        return UserError(
-            f"{spec} is gated: the hub asks you to accept its terms.", f"Accept them at {page}, then {login}."
-        )
-    if among(hub.RevisionNotFoundError):
-        return UserError(f"{spec} has no such revision.", f"Look at {page}/commits, or leave --data-revision out.")
-    if refused := among(hub.RepositoryNotFoundError):
-        status = getattr(getattr(refused, "response", None), "status_code", 404)
-        return UserError(
-            f"There is no data set {spec} on {where} that you may read (status {status}), and no such file here.",
-            f"Check its name. If it is private, give a token: {login}.",
-        )
-    answer = among(hub.HfHubHTTPError)
-    status = getattr(getattr(answer, "response", None), "status_code", None)
-    if status == 401:
-        return UserError(f"The hub does not accept your token for {spec} (401).", f"Give a valid one: {login}.")
-    if status == 403:
-        return UserError(f"Your token may not read {spec} (403).", f"Give one with read access: {login}.")
-    if status == 429:
-        return Unreachable(f"The hub limits your requests (429) for {spec}.", f"Wait, or give a token: {login}.")
-    if among(hub.OfflineModeIsEnabled):
-        return Unreachable(f"HF_HUB_OFFLINE is set and {spec} is not in the cache.", "Unset it, or name a local file.")
-    if status is not None:
-        return Unreachable(f"The hub at {where} failed with status {status} for {spec}.", "Try again later.")
-    if among(httpx.TransportError, ConnectionError, TimeoutError, hub.LocalEntryNotFoundError):
-        return Unreachable(
-            f"The hub at {where} cannot be reached for {spec}.", "Check the connection, or name a local file."
-        )
-    return UserError(f"{spec} cannot be read from the hub: {error}", "Fetch its files by hand and name those.")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (isinstance(error, OSError) and "Not enough disk space" in str(error))
