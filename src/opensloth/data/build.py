@@ -6,6 +6,7 @@ come back in the source's order.
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -113,7 +114,12 @@ def start_worker(recipe: Recipe) -> None:
     """Make the process's builder once. The tokenizer's own threads are off: there is one process per core already."""
     global _builder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     log.quiet_libraries()
+    if not recipe.trust_remote_code and "torch" not in sys.modules:
+        # transformers imports torch whenever it finds one, and a tokenizer needs none. Hidden, a worker starts in a
+        # third of the time and takes 70 MB instead of 330
+        sys.modules["torch"] = None  # type: ignore[assignment]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the pool
     threading.Thread(target=end_with_parent, daemon=True).start()
     _builder = recipe.builder()
