@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SAMPLES = ("sample:smollm2",)
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # An adapter repository of the hub is fetched whole but for what may hold code or another framework's weights.
-ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+ADAPTER_FILES = (*SMALL_FILES, "*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_TIMEOUT = 20.0  # seconds
 
@@ -116,7 +117,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _hub(spec: str, revision: str | None) -> ModelRef:
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     name = spec.rsplit("/", 1)[-1]
@@ -124,6 +125,9 @@ def _hub(spec: str, revision: str | None) -> ModelRef:
         return _cached(spec, revision, name, "HF_HUB_OFFLINE is set")
     try:
         info = HfApi().model_info(spec, revision=revision, timeout=HUB_TIMEOUT)
+        files = {sibling.rfilename for sibling in info.siblings or []}
+        if CONFIG in files:  # proves access (anyone may see a gated model's info), and `main` is then known offline
+            hf_hub_download(spec, CONFIG, revision=revision)
     except HFValidationError as error:
         raise UserError(f"--model {spec} is neither a directory nor a hub id: {error}") from None
     except OfflineModeIsEnabled:
@@ -134,7 +138,6 @@ def _hub(spec: str, revision: str | None) -> ModelRef:
         raise _refused(spec, revision, error) from None
     except (httpx.HTTPError, OSError) as error:
         return _cached(spec, revision, name, f"the hub cannot be reached ({type(error).__name__})")
-    files = {sibling.rfilename for sibling in info.siblings or []}
     if ADAPTER_CONFIG in files and CONFIG not in files:
         return _hub_adapter(spec, info.sha, name)
     if CONFIG not in files:
@@ -160,12 +163,14 @@ def _hub_adapter(spec: str, commit: str | None, name: str) -> ModelRef:
 
 def _cached(spec: str, revision: str | None, name: str, reason: str) -> ModelRef:
     """The commit that the hub client's cache holds for `revision` (its folder is named after it)."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     for file in (CONFIG, ADAPTER_CONFIG):
         found = try_to_load_from_cache(spec, file, revision=revision)
         if isinstance(found, str):
             log.say(f"{spec}: {reason}; using the copy in the cache.")
+            # The clients would try again for more than a minute at each file; worker processes inherit this too
+            os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
             snapshot = Path(found).parent
             if file == ADAPTER_CONFIG:
                 return _adapter(spec, snapshot, name, None)
@@ -200,13 +205,14 @@ def load_tokenizer(ref: ModelRef, trust_remote_code: bool = False) -> "PreTraine
     """
     from transformers import AutoTokenizer
 
-    place, revision = ref.base, ref.revision
+    place = ref.base
     if ref.adapter and any((ref.adapter / name).is_file() for name in TOKENIZER_FILES):
-        place, revision = str(ref.adapter), None
-    if (Path(place) / "tokenizer.json").is_file():
-        _read_object(Path(place) / "tokenizer.json", "a model")  # the library's own error names neither file nor cause
+        place = str(ref.adapter)
+    folder = Path(place) if Path(place).is_dir() else _small_files(ref, trust_remote_code)
+    if (folder / "tokenizer.json").is_file():
+        _read_object(folder / "tokenizer.json", "a model")  # the library's own error names neither file nor cause
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         wants_code = "trust_remote_code" in str(error)
@@ -217,6 +223,30 @@ def load_tokenizer(ref: ModelRef, trust_remote_code: bool = False) -> "PreTraine
         raise UserError(message, "Choose a model that has one.")
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def _small_files(ref: ModelRef, code: bool) -> Path:
+    """The hub model's folder in the cache, with all but its weights. Without a network it is what was fetched before.
+
+    (Asked for a tokenizer by its hub id, transformers looks for each file that could exist, and without a network
+    waits 20 s for each that does not.)
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+    patterns = [*SMALL_FILES, *(["*.py"] if code else [])]
+    try:
+        return Path(snapshot_download(ref.base, revision=ref.revision, allow_patterns=patterns, tqdm_class=NoBar))
+    except HfHubHTTPError as error:
+        raise _refused(ref.base, ref.revision, error) from None
+    except (httpx.HTTPError, OSError) as error:
+        raise UserError(f"The tokenizer of {ref.base} could not be downloaded: {error}") from error
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -7,6 +7,7 @@ and SIGUSR1 all ask for it.
 
 import os
 import signal
+from types import FrameType
 
 LAUNCHER = "OPENSLOTH_LAUNCHER"  # the process id of our launcher, in its workers' environment
 
@@ -25,3 +26,20 @@ def forwarded() -> signal.Signals:
 def worker_signals() -> list[signal.Signals]:
     """What asks this process, a worker, for a checkpoint and an end."""
     return [forwarded()] if LAUNCHER in os.environ else launcher_signals()
+
+
+class StopRequest:
+    """Set by a signal, read by the training loop between steps: `name` is the signal's, or None."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def install(self) -> "StopRequest":
+        """Catch the signals (main thread only). A second one has its usual effect."""
+        for number in worker_signals():
+            signal.signal(number, self._caught)
+        return self
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
