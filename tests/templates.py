@@ -11,7 +11,7 @@ FORGETTING = (
     "{%- for m in messages %}"
     "{%- if m.role == 'assistant' %}"
     "{%- set answer = m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"
+    "{%- set thought = m.content.split('</think>')[0].split('<think>')[1:] | join | trim %}"
     "{{- '<|im_start|>assistant\n' }}"
     "{%- if loop.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}{{- answer + '<|im_end|>\n' }}"
     "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}"

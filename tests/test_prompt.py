@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import FORGETTING, OPENING, STRICT, TOOLS, TRIMMING
-from tiny import CHATML, tiny_tokenizer
 
+from opensloth.data.encode import encoder_of
 from opensloth.data.messages import BadRow, Example
 from opensloth.data.prompt import (
     REASONING_SYSTEM,
@@ -19,6 +18,8 @@ from opensloth.data.prompt import (
     contract_for,
 )
 from opensloth.errors import UserError
+from templates import FORGETTING, OPENING, STRICT, TOOLS, TRIMMING
+from tiny import CHATML, tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "How many apples?"}
@@ -231,9 +232,8 @@ def test_shipped_templates_generate_from_a_prefix_of_the_training_row(
 
 
 def ids_of(tokenizer, of: PromptContract, messages: list[dict]) -> list[int]:
-    from opensloth.data.encode import encoder_of
-
-    return sum(encoder_of(tokenizer).encode([[segment.text for segment in of.segments(messages)]])[0], [])
+    pieces = encoder_of(tokenizer).encode([[segment.text for segment in of.segments(messages)]])[0]
+    return [token for piece in pieces for token in piece]
 
 
 def test_every_assistant_turn_is_trained_with_its_end_but_not_the_line_break() -> None:
