@@ -125,8 +125,12 @@ def _checked(number: int, value: Any, surrogates: bool) -> RawRow:
 
 
 def _is_text(value: Any) -> bool:
+    return _is_encodable(json.dumps(value, ensure_ascii=False))
+
+
+def _is_encodable(text: str) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -135,9 +139,13 @@ def _is_text(value: Any) -> bool:
 def _first_line_is_json(path: Path) -> bool:
     """Whether a .json file is JSON Lines by content: its first line that is not blank holds one whole object."""
     with _bytes(path) as file:
-        line = file.readline(ROW_BYTES).removeprefix(BOM)
+        line = file.readline(CHUNK).removeprefix(BOM)
         while line and line.isspace():
-            line = file.readline(ROW_BYTES)
+            line = file.readline(CHUNK)
+        if not line.lstrip().startswith(b"{"):
+            return False
+        while not line.endswith(b"\n") and len(line) < ROW_BYTES and (more := file.readline(CHUNK)):
+            line += more
     try:
         return isinstance(json.loads(line.decode()), dict)
     except (ValueError, RecursionError):
@@ -209,7 +217,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
                     continue
                 if len(fields) != len(header):
                     yield RawRow(line, None, MORE_FIELDS if len(fields) > len(header) else FEWER_FIELDS)
-                elif not _is_text(fields):
+                elif not _is_encodable("".join(fields)):
                     yield RawRow(line, None, NOT_UTF8)
                 else:
                     yield RawRow(line, dict(zip(header, fields, strict=True)))
