@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from opensloth.data.json_values import json_values
 from opensloth.data.rows import RawRow
 from opensloth.errors import UserError
 
@@ -54,7 +55,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
         elif form == ".csv":
             yield from _csv(path)
         elif form == ".json" and not _first_line_is_json(path):
-            yield from _json_values(path)
+            yield from _json_list(path)
         else:
             yield from _json_lines(path)
     except UnicodeDecodeError as error:
@@ -152,49 +153,10 @@ def _first_line_is_json(path: Path) -> bool:
         return False
 
 
-def _json_values(path: Path) -> Iterator[RawRow]:
-    """The elements of one JSON array, or objects that follow each other over several lines, parsed piece by piece."""
-    damaged = partial(UserError, hint="Save it as .jsonl: there a broken line costs one row, not the file.")
-    decoder = json.JSONDecoder()
+def _json_list(path: Path) -> Iterator[RawRow]:
     with _bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-        buffer, at, number, size, ended, in_array, closed = "", 0, 0, CHUNK, False, False, False
-        while True:
-            while at < len(buffer) and buffer[at] in " \t\r\n":
-                at += 1
-            if at == len(buffer) and not ended:
-                buffer, at = text.read(size), 0
-                ended = not buffer
-                continue
-            if at == len(buffer):
-                break
-            mark = buffer[at]
-            if closed:
-                raise damaged(f"{path} goes on after the end of its list.")
-            if mark == "[" and number == 0 and not in_array:
-                in_array, at = True, at + 1
-                continue
-            if in_array and mark == "]":
-                closed, at = True, at + 1
-                continue
-            if in_array and mark == "," and number:
-                at += 1
-                continue
-            try:
-                value, end = decoder.raw_decode(buffer, at)
-                whole = end < len(buffer) or ended
-            except (ValueError, RecursionError):
-                value, end, whole = None, at, False
-                if ended or len(buffer) - at > ROW_BYTES:
-                    raise damaged(f"{path} is broken JSON at element {number + 1}.") from None
-            if not whole:
-                more = text.read(size)
-                ended, size = not more, min(2 * size, ROW_BYTES)
-                buffer, at = buffer[at:] + more, 0
-                continue
-            number, at, size = number + 1, end, CHUNK
-            yield _checked(number, value, True)
-        if in_array and not closed:
-            raise damaged(f"{path} ends in the middle of its list, after element {number}.")
+        for number, value in enumerate(json_values(text, str(path), CHUNK, ROW_BYTES), 1):
+            yield _checked(number, value, surrogates=True)
 
 
 def _csv(path: Path) -> Iterator[RawRow]:
