@@ -3,6 +3,7 @@
 Workers are tiny programs written into the test's folder, started as the real one is.
 """
 
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from opensloth import errors
 from opensloth.launch import failure
+from opensloth.launch.elastic import Screen, followed
 from opensloth.launch.launcher import run_workers
 from opensloth.launch.world import World, choose_gpus, plan_world
 
@@ -289,12 +291,12 @@ def test_a_crash_is_tried_again_but_a_users_mistake_is_not(tmp_path: Path, worke
 STOPPABLE = (
     "from opensloth.errors import RunStopped\nfrom opensloth.launch import stop\n"
     "asked = []\n"
-    "for number in stop.worker_signals(): signal.signal(number, lambda *a: asked.append(1))\n"
+    "for number in stop.worker_signals(): signal.signal(number, lambda *a: asked.append(a[0]))\n"
     "Path(sys.argv[1], f'ready{rank}').touch()\n"
     "while not asked: time.sleep(0.02)\n"
     "time.sleep(rank)\n"  # rank 1 is slower, and must not be ended when rank 0 is done
     "Path(sys.argv[1], f'saved{rank}').touch()\n"
-    "raise RunStopped('Stopped after step 5, which is saved.')\n"
+    "raise RunStopped(f'Stopped by {signal.Signals(asked[0]).name} after step 5, which is saved.')\n"
 )
 PARENT = """
 import sys
@@ -332,10 +334,11 @@ def test_a_signal_lets_every_worker_save_and_ends_as_stopped(
     until(lambda: (run_dir / "ready0").exists() and (run_dir / "ready1").exists(), parent)
     parent.send_signal(number)
     out, err = parent.communicate(timeout=PATIENCE)
-    assert (parent.returncode, out) == (errors.STOPPED, "RunStopped Stopped after step 5, which is saved.\n")
+    said = f"RunStopped Stopped by {number.name} after step 5, which is saved.\n"
+    assert (parent.returncode, out) == (errors.STOPPED, said)
     assert (run_dir / "saved0").exists()
     assert (run_dir / "saved1").exists()
-    assert "Traceback" not in err
+    assert err == f"{number.name}: waiting for the workers to save ...\n"
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path, worker: Callable[[str], str]) -> None:
@@ -460,3 +463,45 @@ def test_under_torchrun_a_failed_preparation_is_said_once(tmp_path: Path, worker
     done = run_under_torchrun(tmp_path)
     assert done.returncode != 0
     assert done.stdout.splitlines() == ["error: The data is empty."]
+
+
+def test_under_torchrun_a_workers_report_is_the_error_of_the_command(
+    tmp_path: Path, worker: Callable[[str], str]
+) -> None:
+    worker(
+        "from opensloth.launch import failure\nfrom opensloth.errors import UserError\n"
+        f"if rank == 1: {WAIT_FOREVER}\n"
+        "sys.exit(failure.report(UserError('No column answer.')))\n"
+    )
+    done = run_under_torchrun(tmp_path)
+    assert done.stdout.splitlines()[-1] == "error: No column answer."
+    assert "No column answer." in done.stderr  # torchrun's own table
+
+
+# --- what is shown of rank 0's log -------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_the_live_line_replaces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    screen = Screen()
+    for line in ("begin", "step 1/9", "step 2/9", "saved \x1b[2J", "step 3/9"):
+        screen.line(line)
+    screen.close()
+    shown = "begin\nstep 1/9\r\x1b[2Kstep 2/9\nsaved \\x1b[2J\nstep 3/9\n"
+    assert sys.stderr.getvalue() == shown  # type: ignore[attr-defined]
+
+
+def test_an_earlier_runs_log_is_not_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "rank_0.log"
+    log.write_text("old\n")
+    with followed(log):
+        os.replace(log, tmp_path / "rank_0.previous.log")
+        with log.open("w") as file:
+            print("new", file=file)
+            print("half a line", end="", file=file)
+    assert capsys.readouterr().err == "new\nhalf a line\n"

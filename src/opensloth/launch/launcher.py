@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -77,6 +77,8 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
     if asked.count and (cause.kind in {failure.DEAD, failure.ENDED} or cause.lost_peer):
         hint = "The same command resumes it from the last checkpoint."
         raise RunStopped(f"Stopped by {asked.name} before a new checkpoint was complete.", hint)
+    if asked.count and cause.stopped:  # the user sent that signal, not the one we passed on
+        return replace(cause, message=cause.message.replace(stop.forwarded().name, asked.name))
     return cause
 
 

@@ -13,9 +13,10 @@ LAUNCHER = "OPENSLOTH_LAUNCHER"  # the process id of our launcher, in its worker
 
 
 def launcher_signals() -> list[signal.Signals]:
-    """What asks a whole run to stop, on this platform."""
+    """What asks a whole run to stop, on this platform. Those that are ignored (nohup) stay so."""
     names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def forwarded() -> signal.Signals:
