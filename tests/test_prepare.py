@@ -2,8 +2,9 @@
 
 import json
 import os
-import resource
+import pickle
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ import pytest
 
 from opensloth.config.jobs import DataJob
 from opensloth.data import build
-from opensloth.data.prepare import default_output, open_prepared, prepare, reshard
+from opensloth.data.messages import detect_format
+from opensloth.data.models import resolve_model
+from opensloth.data.prepare import Tally, default_output, open_prepared, prepare, reshard
+from opensloth.data.prompt import contract_for
+from opensloth.data.sources import open_source
 from opensloth.data.summary import summarize
-from opensloth.errors import UserError
+from opensloth.errors import UserError, WorkerFailed
 from tiny import tiny_tokenizer
 
 
@@ -235,6 +240,7 @@ def test_strict_refuses_any_bad_row(job):
 
 
 def test_a_full_disk_is_one_clear_error(job, tmp_path):
+    resource = pytest.importorskip("resource")
     made = job([conversation(n, words=40) for n in range(3000)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses what goes beyond
@@ -266,6 +272,63 @@ def test_workers_write_what_one_process_writes(job, tmp_path, monkeypatch):
         assert (alone.directory / name).read_bytes() == (together.directory / name).read_bytes()
     assert (alone.plan["pack"] == together.plan["pack"]).all()
     assert alone.manifest.digest == together.manifest.digest
+
+
+def test_a_worker_that_dies_is_an_error_with_a_way_out(job):
+    recipe = build.Recipe(resolve_model(job().model), False, None, None, True, 64, "drop")
+
+    def batches():
+        yield []
+        for process in active_children():
+            process.kill()
+        yield []
+
+    with pytest.raises(WorkerFailed, match="ended before its work was done") as error:
+        list(build.build_in_pool(batches(), recipe, 1))
+    assert "--workers" in error.value.hint
+
+
+def test_an_error_of_a_worker_keeps_its_hint():
+    assert pickle.loads(pickle.dumps(UserError("cause", "way out"))).hint == "way out"
+
+
+def test_rows_are_read_no_faster_than_they_are_built(job, monkeypatch):
+    """Memory must not grow with the input."""
+    monkeypatch.setattr(build, "BATCH_ROWS", 10)
+    made = job([conversation(n) for n in range(400)])
+    source = open_source(made.input)
+    tokenizer = tiny_tokenizer()
+    recipe = build.Recipe(
+        resolve_model(made.model), False, contract_for(tokenizer), detect_format(source.columns, {}), True, 64, "drop"
+    )
+    read = 0
+
+    def counted():
+        nonlocal read
+        for row in source.rows():
+            read += 1
+            yield row
+
+    ahead = []
+    built = 0
+    for one in build.build_all(counted(), recipe, tokenizer, workers=1):
+        built += one.rows_in
+        ahead.append(read - built)
+    assert built == 400
+    assert max(ahead) <= 10 * (build.LITTLE + 1)
+
+
+def test_many_different_reasons_do_not_swell_the_manifest():
+    tally = Tally()
+    for line in range(1, 1001):
+        tally.drop(line, f"refused: {line}")
+    assert tally.dropped.total() == 1000
+    assert tally.dropped["other reasons"] == 900
+
+
+def test_the_template_that_nobody_chose_is_named(job, capsys):
+    prepare(job([conversation(1)]))
+    assert "Rows are read as messages; prompts follow the chat template of" in capsys.readouterr().err
 
 
 def test_long_rows_make_smaller_batches():

@@ -70,7 +70,7 @@ class Built:
 def build_all(
     rows: Iterable[RawRow], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", workers: int
 ) -> Iterator[Built]:
-    """Build every row, in order. Raises what RowBuilder raises, and WorkerFailed where a process was killed.
+    """Build every row, in order. Raises what RowBuilder raises, and WorkerFailed where a process died.
 
     `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves.
     """
@@ -102,7 +102,7 @@ def build_in_pool(batches: Iterator[list[RawRow]], recipe: Recipe, workers: int)
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
         hint = "Most often the machine ran out of memory: lower --workers."
-        raise WorkerFailed("A process that prepares rows was killed.", hint) from error
+        raise WorkerFailed("A process that prepares rows ended before its work was done.", hint) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -17,19 +17,11 @@ from opensloth import log, paths
 from opensloth.config.data import DataOptions
 from opensloth.config.jobs import DataJob, part
 from opensloth.data.build import Recipe, build_all, cores
-from opensloth.data.manifest import (
-    CONTRACT,
-    DROPPED,
-    LAYOUT,
-    MANIFEST,
-    ROWS,
-    Manifest,
-    SourceInfo,
-    file_sizes,
-    load_manifest,
-)
+from opensloth.data.contract import PromptContract
+from opensloth.data.manifest import CONTRACT, DROPPED, LAYOUT, ROWS, Manifest, SourceInfo, file_sizes
 from opensloth.data.messages import detect_format, parse_mapping
 from opensloth.data.models import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
+from opensloth.data.output import check_output, default_output, digest_of, reuse
 from opensloth.data.prepared import Prepared, open_prepared, plan_for, reshard, write_plan
 from opensloth.data.prompt import contract_for
 from opensloth.data.row_files import RowWriter
@@ -42,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "default_output", "open_prepared", "prepare", "reshard"]
 
 LINES_NAMED = 3  # of each reason, in the error about bad rows
-NOT_IN_DIGEST = {"gpus", "workers"}  # another number of shards is a new plan only; workers change nothing
+REASONS_COUNTED = 100  # a template may put words of a row into its reason; the manifest must stay small
 
 
 def prepare(job: DataJob) -> Prepared:
@@ -51,9 +43,9 @@ def prepare(job: DataJob) -> Prepared:
     Raises:
         UserError: a wrong input, model or option, no usable row (or with `strict` any bad row), an output directory
             that holds something else, a full disk.
-        WorkerFailed: a worker process was killed.
+        WorkerFailed: a worker process died.
     """
-    output = job.output or default_output(job)
+    output = (job.output or default_output(job)).expanduser()
     check_output(output, job)
     source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
     model = resolve_model(job.model, job.revision)
@@ -74,16 +66,10 @@ def prepare(job: DataJob) -> Prepared:
     inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
     if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
         return ready
+    log.say(f"Rows are read as {row_format.name}; {template_in_words(contract, model)}.")
     with paths.new_directory(output) as directory:
         write(directory, job, source, recipe, tokenizer, inputs)
     return open_prepared(output)
-
-
-def default_output(job: DataJob) -> Path:
-    """data/<method>-<data>-<hash>: the same job always finds its own directory. Reads nothing."""
-    options = job.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"output", "force"})
-    name = Path(job.input.rstrip("/")).name.removeprefix("sample:").split(".")[0] or "data"
-    return Path("data") / f"{job.method}-{name}-{paths.digest(options)[:8]}"
 
 
 def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> dict[str, Any]:
@@ -107,62 +93,24 @@ def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> di
         "options": {name: value for name, value in job_options(job).items() if name != "workers"},
         "code_version": opensloth.__version__,
     }
-    decisive = {**fields, "options": {k: v for k, v in fields["options"].items() if k not in NOT_IN_DIGEST}}
-    return {**fields, "digest": paths.digest(decisive)}
+    return {**fields, "digest": digest_of(fields)}
 
 
 def job_options(job: DataJob) -> dict[str, Any]:
     return {**part(job, DataOptions), "map": list(job.map), "gpus": job.gpus}
 
 
+def template_in_words(contract: PromptContract, model: ModelRef) -> str:
+    """Which template renders the rows; one that nobody chose must not go unsaid."""
+    if contract.name == "inferred":
+        return f"prompts follow the chat template of {model.name}'s tokenizer"
+    return f"prompts follow the contract {contract.name}"
+
+
 def model_spec(model: ModelRef) -> str:
     """What finds the model again from another working directory."""
     place = Path(model.spec).expanduser()
     return str(place.absolute()) if place.is_dir() else model.spec
-
-
-def check_output(output: Path, job: DataJob) -> None:
-    """Raise UserError, before long work, where `output` cannot be written or holds anything but prepared data."""
-    here = output.expanduser().absolute()
-    places = [Path.cwd(), Path.home(), Path(job.input).expanduser().absolute()]
-    if any(here == place or here in place.parents for place in places):
-        raise UserError(f"--output {output} would replace your own files.", "Name a directory for the prepared data.")
-    paths.check_writable(output)
-    if job.force or not output.is_dir() or not any(output.iterdir()):
-        return
-    if not (output / MANIFEST).is_file():
-        raise UserError(f"{output} holds something that is not prepared data.", "Choose another --output, or --force.")
-    load_manifest(output)
-
-
-def reuse(output: Path, inputs: dict[str, Any], shards: int) -> Prepared | None:
-    """The data in `output`, if it was prepared from the same inputs, re-planned where only the shards differ."""
-    if not (output / MANIFEST).is_file():
-        return None
-    manifest = load_manifest(output)
-    if manifest.digest != inputs["digest"]:
-        log.say(f"{output} was prepared with other {difference(manifest, inputs)}: preparing it again.")
-        return None
-    try:
-        prepared = open_prepared(output)
-    except UserError as error:
-        log.warn(f"{error.message} Preparing it again.")
-        return None
-    if prepared.manifest.shards != shards:
-        log.say(f"{output} is already prepared; planning it for {shards} shards instead of {prepared.manifest.shards}.")
-        return reshard(output, shards)
-    log.say(f"{output} is already prepared from the same input with the same options.")
-    return prepared
-
-
-def difference(manifest: Manifest, inputs: dict[str, Any]) -> str:
-    """What changed between a manifest and the inputs of now, for the line that says why data is made again."""
-    before = {**manifest.model_dump(include=set(inputs)), **manifest.options}
-    now = {**inputs, **inputs["options"]}
-    changed = [
-        name for name in now if name not in NOT_IN_DIGEST | {"options", "digest"} and before.get(name) != now[name]
-    ]
-    return ", ".join(name.replace("_", " ") for name in changed)
 
 
 @dataclass
@@ -177,6 +125,8 @@ class Tally:
     first_lines: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, line: int, reason: str) -> None:
+        if reason not in self.dropped and len(self.dropped) >= REASONS_COUNTED:
+            reason = "other reasons"
         self.dropped[reason] += 1
         lines = self.first_lines.setdefault(reason, [])
         if len(lines) < LINES_NAMED:
@@ -241,8 +191,9 @@ def write_rows(
         for built in build_all(source.rows(), recipe, tokenizer, workers):
             tally.rows_in += built.rows_in
             for row in built.dropped:
-                tally.drop(row.line, row.reason)
-                dropped.write(json.dumps({"line": row.line, "reason": row.reason}, ensure_ascii=False) + "\n")
+                reason = log.printable(row.reason)
+                tally.drop(row.line, reason)
+                dropped.write(json.dumps({"line": row.line, "reason": reason}, ensure_ascii=False) + "\n")
             if len(built.rows.lengths):
                 writer.write(built.rows)
                 tally.lengths.append(built.rows.lengths)

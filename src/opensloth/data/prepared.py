@@ -120,7 +120,7 @@ def read_plan(directory: Path, manifest: Manifest) -> tuple[dict[str, NDArray[An
     if not path.is_file():
         raise UserError(f"{path} is missing, so {directory} is not complete.", AGAIN)
     try:
-        table = pq.read_table(path, columns=list(PLAN_COLUMNS), memory_map=True)
+        table = pq.read_table(path, columns=list(PLAN_COLUMNS))
         shape = json.loads((table.schema.metadata or {})[METADATA])
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
