@@ -56,7 +56,7 @@ def quiet_libraries() -> None:
     ):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("httpx", "filelock", "datasets", "torch.distributed.elastic"):
+    for name in ("httpx", "filelock", "datasets", "torch.distributed.elastic", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -16,30 +16,37 @@ from opensloth.launch.world import plan_world
 
 if TYPE_CHECKING:
     from opensloth.data.prepared import Prepared
+    from opensloth.launch.run_directory import Result
 
 app = new_app("From a raw data set to a trained adapter.")
 
 
 def train_sft(request: Request[TrainSftJob]) -> None:
-    world = plan_world(request.job)
-    job = data_job(request.job, world.processes)
     if request.dry_run:
         from opensloth.cli.dry_run import plan_train_sft
 
-        plan_train_sft(request, job, world)
+        world = plan_world(request.job)
+        plan_train_sft(request, data_job(request.job, world.processes), world)
         return
+    report(start_sft(request.resolved), request.as_json)
+
+
+def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
+    """Prepare the data of a job and train on it."""
     from opensloth.data.prepare import prepare
     from opensloth.launch.run_directory import start
     from opensloth.launch.torchrun import leader_first
 
+    world = plan_world(resolved.job)
+    job = data_job(resolved.job, world.processes)
     prepared = leader_first("data", lambda: prepare(job))
     dropped = sum(prepared.manifest.dropped.values())
     log.say(
         f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"
         + (f"; {dropped:,} dropped, see dropped.jsonl there" if dropped else "")
     )
-    training = sft_job(request.resolved, prepared)
-    report(start(training.job, training.origins, prepared, world), request.as_json)
+    training = sft_job(resolved, prepared)
+    return start(training.job, training.origins, prepared, world)
 
 
 HELP = "Prepare data and train an adapter on it: os-data and os-sft in one."

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models import ModelRef, load_tokenizer
@@ -77,6 +78,7 @@ def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.devi
     }
     if job.load_in_4bit or job.load_in_8bit:
         options["quantization_config"] = quantization(job, dtype)
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(ref.base, **options)
     except ValueError as error:  # an unknown architecture, or weights that only exist as pickles

@@ -22,6 +22,7 @@ def sft_args(
     checkpointing: bool,
     evaluates: bool,
     backend: str,
+    processes: int,
 ) -> dict[str, Any]:
     """Keyword arguments of `trl.SFTConfig`. One batch of the loader is a whole optimizer step, so nothing accumulates.
 
@@ -61,7 +62,7 @@ def sft_args(
         "disable_tqdm": True,
         "seed": seed,
         "use_cpu": not on_gpu,
-        "ddp_backend": backend,
+        "ddp_backend": backend if processes > 1 else None,
         # transformers would search for unused parameters for every PEFT model: slow, and none are unused
         "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,

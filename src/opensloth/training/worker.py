@@ -69,7 +69,10 @@ def join(device_name: str) -> "tuple[torch.device, str]":
     backend = os.environ.get("OPENSLOTH_BACKEND", "nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # else accelerate makes a group of one
+    else:
         timeout = timedelta(seconds=int(os.environ.get("OPENSLOTH_TIMEOUT", "600")))
         dist.init_process_group(backend, timeout=timeout)
     return device, backend
@@ -102,6 +105,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
     batcher = Batcher(prepared, engine.packs, engine.pad_id)
     steps = Steps(laid_out, batcher, memory.pack_tokens, rank, processes)
     contract = prepared.contract
+    engine.tokenizer.chat_template = contract.chat_template  # whoever loads it with the adapter renders as we did
 
     def save_extra(directory: Path) -> None:
         engine.tokenizer.save_pretrained(directory)
@@ -119,6 +123,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
         base_revision=ref.revision,
         save_extra=save_extra,
     )
+    from transformers import PrinterCallback
     from trl import SFTConfig
 
     evaluates = bool(prepared.is_eval.any())
@@ -132,6 +137,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
         checkpointing=memory.checkpointing != "none",
         evaluates=evaluates,
         backend=backend,
+        processes=processes,
     )
     rows = Dataset.from_file(str(prepared.rows.path))
     stop = StopOnSignal()
@@ -145,6 +151,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
         data_collator=lambda batch: batch,
         callbacks=[stop],
     )
+    trainer.remove_callback(PrinterCallback)  # our own line says it better
     if leads:
         trainer.add_callback(Metrics(run_dir, laid_out, device, "tensorboard" in job.report_to))
     resume = checkpoint.to_resume(job.resume, run_dir / "checkpoints")

@@ -1,0 +1,1 @@
+"""Scoring a model on problems that it has not seen."""

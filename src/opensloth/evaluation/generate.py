@@ -1,0 +1,68 @@
+"""Completions of prompts, in batches, on any device: the plain path through transformers' `generate`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from opensloth.data.contract import PromptContract
+from opensloth.data.models import ModelRef
+
+BATCH = 25  # prompts at once; on two cores a larger batch is not faster
+
+
+def load_for_inference(ref: ModelRef, device: torch.device, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+    """The model with its adapter, if it has one, unmerged: exactly the policy that was trained."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        ref.base, revision=ref.revision, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
+    )
+    if ref.adapter is not None:
+        return PeftModel.from_pretrained(model, ref.adapter).eval()
+    return model.eval()
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: PromptContract,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    max_new: int,
+    done: Callable[[int], None],
+) -> list[str]:
+    """Greedy completions, in the order of the conversations, without the token that ended them.
+
+    Args:
+        conversations: messages up to the turn that the model is to write.
+        max_new: tokens of a completion at most; a longer one is cut.
+        done: called with the number of finished conversations.
+    """
+    prompts = [contract.prompt_ids(tokenizer, messages) for messages in conversations]
+    stops = [token for token in map(tokenizer.convert_tokens_to_ids, contract.stop) if isinstance(token, int)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # similar lengths together
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        longest = max(len(prompts[index]) for index in batch)
+        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
+            ends = [at for at, token in enumerate(row) if token in stops]
+            texts[index] = str(tokenizer.decode(row[: ends[0]] if ends else row))
+        done(min(start + BATCH, len(order)))
+    return texts
