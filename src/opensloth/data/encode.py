@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from opensloth.data.words import WordEncoder, splits_at_blanks
 from opensloth.errors import UserError
 
 # Two of Unicode's noncharacters, which no text that people exchange holds. A text that does loses nothing: a mark can
@@ -40,6 +41,7 @@ class PieceEncoder:
         self._plain: dict[str, list[int]] = {}
         self._anchor, self._anchor_ids = self._find_anchor()
         self._cuts_at_controls = not self._anchor and self._exact_after_controls()
+        self._words = WordEncoder(backend) if not self._anchor and splits_at_blanks(backend) else None
 
     def encode(self, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of each piece of each row, in one call of the backend (marked pieces need a few more).
@@ -58,7 +60,8 @@ class PieceEncoder:
                 text = piece[len(head) :] if position == 0 else self._anchor + piece
                 of_row.append(wanted.setdefault(text, len(wanted)))
             numbers.append(of_row)
-        encoded = self._ids(list(wanted))
+        self._reset()
+        encoded = self._words.encode(list(wanted)) if self._words else self._ids(list(wanted))
         head_ids = self._ids([head])[0] if head else []
         result = []
         for row, of_row in zip(rows, numbers, strict=True):
@@ -171,10 +174,13 @@ class PieceEncoder:
         return True
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        self._reset()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _reset(self) -> None:
         # A tokenizer.json may carry truncation and padding, which the backend would apply without a word
         self._backend.no_truncation()
         self._backend.no_padding()
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 _encoders: WeakKeyDictionary[Any, PieceEncoder] = WeakKeyDictionary()
