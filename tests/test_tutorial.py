@@ -110,17 +110,6 @@ def test_preparation_renders_the_reasoning_contract(prepared: Path) -> None:
     assert contract["tags"]["solution_start"] == "<SOLUTION>"
 
 
-def test_preparation_can_be_run_again_with_other_settings(project: Project, prepared: Path) -> None:
-    before = (prepared / "manifest.json").read_bytes()
-    again = project.script("00_prepare_sft_dataset.sh")
-    assert "already prepared" in again.stderr
-    assert (prepared / "manifest.json").read_bytes() == before
-    project.script("00_prepare_sft_dataset.sh", SFT_SAMPLES="10", GPU_COUNT="2")
-    manifest = json.loads((prepared / "manifest.json").read_text())
-    assert (manifest["rows_in"], manifest["shards"]) == (10, 2)
-    project.script("00_prepare_sft_dataset.sh")
-
-
 def test_samples_must_be_a_number(project: Project) -> None:
     run = project.script("00_prepare_sft_dataset.sh", check=False, SFT_SAMPLES="many")
     assert run.returncode == 2
@@ -190,11 +179,28 @@ def test_the_readmes_scripts_and_programs_exist() -> None:
         assert words[0] in known or (ROOT / words[0]).is_file(), command
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("os-")])
+def messages() -> list[str]:
+    """What the troubleshooting table says the product prints; `...` stands for what differs."""
+    table = README.split("## When something goes wrong")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(.+?)`", table, flags=re.M)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_troubleshooting_quotes_the_products_own_messages(message: str) -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    for fixed in filter(None, (part.strip() for part in message.split("..."))):
+        assert fixed in source, f"nothing prints {fixed!r}"
+
+
+def dry(command: str) -> str:
+    """The command without its effect: each is run for real by its script."""
+    looks = "os-data show" in command or "--dry-run" in command
+    return command if looks else f"{command.rstrip()} --dry-run"
+
+
+@pytest.mark.parametrize("command", sorted({dry(c) for c in commands() if c.startswith("os-")}))
 def test_a_command_of_the_readme_runs(command: str, project: Project, prepared: Path, trained: Path) -> None:
     words = shlex.split(command)
-    if words[1] != "show" and "--dry-run" not in words:
-        words.append("--dry-run")  # each is run for real by its script
     before = sorted(p for p in project.root.rglob("*") if "cache" not in p.parts)
     run = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -216,3 +222,14 @@ assert prompt["input_ids"][0].tolist() == contract.prompt_ids(tokenizer, contrac
         [sys.executable, "-c", program + check], cwd=project.root, env=project.env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_preparation_can_be_run_again_with_other_settings(project: Project, prepared: Path) -> None:
+    # The last test: it replaces the data that the others use.
+    before = (prepared / "manifest.json").read_bytes()
+    again = project.script("00_prepare_sft_dataset.sh")
+    assert "already prepared" in again.stderr
+    assert (prepared / "manifest.json").read_bytes() == before
+    project.script("00_prepare_sft_dataset.sh", SFT_SAMPLES="10", GPU_COUNT="2")
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert (manifest["rows_in"], manifest["shards"]) == (10, 2)
