@@ -28,23 +28,27 @@ class WordEncoder:
         if len(self._words) > MOST:
             self._words.clear()
         known = self._words
-        parts = [text.split(" ") for text in texts]
-        unseen = dict.fromkeys(word for words in parts for word in words[1:] if word not in known)
-        odd = {word for word in unseen if not word or word[0].isspace() or word[-1].isspace()}
-        whole = []  # texts with white space beside a blank, which the tokenizer may take together
-        for place, words in enumerate(parts):
-            if (words[0] and words[0][-1].isspace()) or (odd and not odd.isdisjoint(words[1:])):
-                whole.append(place)
-                parts[place] = [" ".join(words)]
-        new = [word for word in unseen if word not in odd]
-        encoded = self._call([*(words[0] for words in parts), *(f" {word}" for word in new)])
-        known.update(zip(new, encoded[len(parts) :], strict=True))
+        direct: dict[str, int] = {}  # texts for the tokenizer, with their places in its batch
+        unseen: dict[str, None] = {}
+        parts = []  # of each text: its beginning, words, its end
+        for text in texts:
+            first, *words = text.split(" ")
+            # White space at the end of a text stands beside no blank
+            last = " " + words.pop() if words and words[-1][-1:].isspace() and not words[-1][0].isspace() else ""
+            new = [word for word in words if word not in known]
+            if first[-1:].isspace() or any(not word or word[0].isspace() or word[-1].isspace() for word in new):
+                first, words, last = text, [], ""  # white space beside a blank, which the tokenizer may take together
+            else:
+                unseen.update(dict.fromkeys(new))
+            parts.append((direct.setdefault(first, len(direct)), words, direct.setdefault(last, len(direct))))
+        encoded = self._call([*direct, *(f" {word}" for word in unseen)])
+        known.update(zip(unseen, encoded[len(direct) :], strict=True))
         look_up = known.__getitem__
         result = [
-            list(chain(first, chain.from_iterable(map(look_up, words[1:]))))
-            for first, words in zip(encoded, parts, strict=False)
+            list(chain(encoded[first], chain.from_iterable(map(look_up, words)), encoded[last]))
+            for first, words, last in parts
         ]
-        for word in new:
+        for word in unseen:
             if len(word) > LONGEST:
                 del known[word]
         return result
