@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from opensloth import log, paths
+from opensloth.data.formats import SHAPES
 from opensloth.data.messages import BadRow, detect_format
 from opensloth.data.sources import open_source
 from opensloth.errors import OpenSlothError, UserError
@@ -52,6 +53,9 @@ def prepare(options: argparse.Namespace) -> None:
     split = options.split or ("cot" if options.dataset == DATASET else "train")
     source = open_source(options.dataset, split=split, subset=options.subset)
     row_format = detect_format(source.columns, {})
+    if not SHAPES[row_format.name].answered:
+        hint = "Use a set like OpenMathReasoning or GSM8K, or give your own rows straight to os-data."
+        raise UserError(f"The rows of {options.dataset} do not hold working and answer apart.", hint)
     dropped: Counter[str] = Counter()
     kept: list[str] = []
     with log.progress("reading", source.size, "rows") as report:
@@ -66,8 +70,8 @@ def prepare(options: argparse.Namespace) -> None:
                 dropped[bad.reason] += 1
                 continue
             if example.working is None or example.answer is None:
-                hint = "Use a set like OpenMathReasoning or GSM8K, or give your own rows straight to os-data."
-                raise UserError(f"The rows of {options.dataset} do not hold working and answer apart.", hint)
+                dropped["no working"] += 1
+                continue
             if not (options.all_answers or is_number(example.answer)):
                 dropped["answer is no number"] += 1
                 continue
