@@ -1,5 +1,6 @@
 """A run and its directory: which job it belongs to, whether it is finished, and how it is started or gone on with."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from opensloth.data.models import ModelRef, resolve_model
 from opensloth.data.prepared import Prepared
 from opensloth.errors import UserError
 from opensloth.launch.launcher import run_workers
+from opensloth.launch.torchrun import leader_first
 from opensloth.launch.world import World
 
 JOB, RESULT, CHECKPOINTS = "job.json", "result.json", "checkpoints"
@@ -56,30 +58,37 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
     """
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
     output = job.output or default_output(job, prepared, ref)
-    this = identity(job, prepared, ref)
-    if job.force:
-        remove_run(output)
-    check_same_job(output, this)
-    if (output / RESULT).exists():
-        return Result(output, "already finished", paths.read_json(output / RESULT, "a finished run"))
-    check_resume(job, output)
-    paths.check_writable(output)
     record = {
         "format": 1,
         "method": "sft",
         "code_version": __version__,
         "settings": Resolved(job, origins).record(),
-        "identity": this,
+        "identity": identity(job, prepared, ref),
         "data": {"directory": str(prepared.directory.absolute()), "source": prepared.manifest.source.model_dump()},
         "model": {"base": ref.base, "revision": ref.revision, "adapter": ref.adapter and str(ref.adapter)},
         "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},
     }
-    if world.node_rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        paths.write_json(output / JOB, record)
+    finished = leader_first("run directory", lambda: open_run(output, job, record, world))
+    if finished:
+        return Result(output, "already finished", finished)
     log.say(f"run directory: {output}")
     run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
+
+
+def open_run(output: Path, job: SftJob, record: dict[str, Any], world: World) -> dict[str, Any]:
+    """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
+    leads = world.node_rank == 0 and os.environ.get("RANK", "0") == "0"
+    if job.force and leads:  # who comes later would remove the run that has begun
+        remove_run(output)
+    check_same_job(output, record["identity"])
+    if (output / RESULT).exists():
+        figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
+        return figures
+    check_resume(job, output)
+    paths.check_writable(output)
+    paths.write_json(output / JOB, record)
+    return {}
 
 
 def check_same_job(output: Path, this: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def sft_args(
         "save_strategy": "steps",
         "save_steps": options.save_steps,
         "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": options.eval_steps if evaluates and options.eval_steps else steps,
+        "eval_steps": (options.eval_steps or steps) if evaluates else None,
         "report_to": [word for word in options.report_to if word == "wandb"],
         "disable_tqdm": True,
         "seed": seed,

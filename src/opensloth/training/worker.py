@@ -16,7 +16,6 @@ from opensloth import log, paths
 from opensloth.config.jobs import SftJob
 from opensloth.data.models import ModelRef
 from opensloth.errors import RunStopped
-from opensloth.launch import failure
 from opensloth.launch.device import claim_device
 
 if TYPE_CHECKING:
@@ -24,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    try:
-        run(Path(sys.argv[1]))
-    except BaseException as error:
-        # every end is told to the launcher; a bug keeps its traceback in this process's log
-        sys.exit(failure.report(error))
+    run(Path(sys.argv[1]))  # whoever starts this module reports what it raises
 
 
 def run(run_dir: Path) -> None:
@@ -154,7 +149,8 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
     trainer.remove_callback(PrinterCallback)  # our own line says it better
     if leads:
         trainer.add_callback(Metrics(run_dir, laid_out, device, "tensorboard" in job.report_to))
-    resume = checkpoint.to_resume(job.resume, run_dir / "checkpoints")
+    restarted = int(os.environ.get("OPENSLOTH_ATTEMPT", "0")) > 0
+    resume = checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
     if resume and leads:
         log.say(f"going on from {resume}")
     begin = time.monotonic()
