@@ -77,11 +77,14 @@ def padded_batches(rows: Rows, lengths: Rows, capacity: int) -> list[list[int]]:
     return batches
 
 
-def schedule(prepared: Prepared, options: TrainOptions, *, seed: int, processes: int) -> Schedule:
+def schedule(
+    prepared: Prepared, options: TrainOptions, *, seed: int, processes: int, packing: bool | None = None
+) -> Schedule:
     """Lay out a run.
 
     Args:
         processes: of the whole run; it matters only with --batch-size, which counts rows per process.
+        packing: whether the engine packs; unless told, as the data was prepared. It changes no step.
     Raises:
         UserError: the data has no training rows.
     """
@@ -89,7 +92,8 @@ def schedule(prepared: Prepared, options: TrainOptions, *, seed: int, processes:
     if len(train) == 0:
         raise UserError(f"{prepared.directory} holds no training rows.", "Lower --eval-fraction or add data.")
     lengths = prepared.lengths[train]
-    packing = bool(prepared.manifest.options["packing"])
+    if packing is None:
+        packing = bool(prepared.manifest.options["packing"])
     if options.batch_size is None:
         total = int(lengths.sum())
         wanted = options.tokens_per_step

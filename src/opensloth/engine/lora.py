@@ -8,30 +8,42 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import PreTrainedModel
 
 from opensloth import paths
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import SEVEN_LINEARS, TrainOptions
 from opensloth.errors import UserError
+
+FUSED = ("qkv_proj", "gate_up_proj")  # what some architectures (phi3) have instead of five of the seven linears
 
 
 def attach(model: PreTrainedModel, options: TrainOptions, seed: int) -> PeftModel:
     """Put a new adapter on a frozen base. Its first weights depend on `seed` alone.
 
-    Raises UserError where the model has none of the target layers.
+    Raises UserError where the model lacks target layers.
     """
-    linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
-    targets = [name for name in options.lora_targets if name in linears]
-    if not targets:
-        hint = f"Its linear layers: {', '.join(sorted(linears))}."
-        raise UserError(f"The model has none of --lora-targets {','.join(options.lora_targets)}.", hint)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        target_modules=targets(model, options.lora_targets),
         use_rslora=options.use_rslora,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     return in_float32(get_peft_model(model, config))
+
+
+def targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
+    """The names of the layers that get an adapter: those wanted; for the default seven also their fused forms.
+
+    Raises UserError where the model lacks a layer that was asked for, or has none of the default ones.
+    """
+    linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
+    by_default = wanted == SEVEN_LINEARS
+    found = [name for name in (*wanted, *(FUSED if by_default else ())) if name in linears]
+    missing = [name for name in wanted if name not in linears]
+    if missing and not (by_default and found):
+        hint = f"Its linear layers: {', '.join(sorted(linears))}."
+        raise UserError(f"The model has no layer {', '.join(missing)} (--lora-targets).", hint)
+    return found
 
 
 def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -50,6 +50,8 @@ def trainer_class() -> type[Any]:
     class PackTrainer(SFTTrainer):
         """TRL's trainer; each batch of its loader is one optimizer step (`training.loader.Step`)."""
 
+        control: Any  # transformers' TrainerControl
+
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run = run
             self.writing = False
@@ -103,7 +105,10 @@ def trainer_class() -> type[Any]:
             if loss < self.best_loss:
                 self.best_loss = loss
                 self.save_best(loss)
-            return {"eval_loss": loss}
+            metrics = {"eval_loss": loss}
+            # without this the trainer would evaluate the last step twice
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
         def save_best(self, loss: float) -> None:
             if not self.is_world_process_zero():

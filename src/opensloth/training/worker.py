@@ -91,7 +91,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, device: "torch.
     seed = prepared.manifest.options["seed"] if job.seed is None else job.seed
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=device, packing=packing, longest=longest)
-    laid_out = schedule(prepared, job, seed=seed, processes=processes)
+    laid_out = schedule(prepared, job, seed=seed, processes=processes, packing=engine.packs)
     memory = plan.choose(engine, job, device, longest=longest)
     if leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, processes)]:
