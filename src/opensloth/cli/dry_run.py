@@ -88,7 +88,9 @@ def data_figures(job: DataJob) -> tuple[Figures, int, int]:
     if isinstance(model, str):
         return {"data": f"not estimated: {model}"}, 0, 0
     tokenizer = load_tokenizer(model, job.trust_remote_code)
-    contract = contract_for(tokenizer, job.chat_template, job.system, model.adapter)
+    contract = contract_for(
+        tokenizer, job.chat_template, job.system, model.adapter, text_only=row_format.name == "text"
+    )
     recipe = Recipe(
         model, job.trust_remote_code, contract, row_format, job.target_only, job.max_seq_length, job.overlong
     )
