@@ -15,7 +15,8 @@ def describe() -> dict[str, Any]:
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"device": card(), "cpus": os.cpu_count(), "system": platform.platform(terse=True)},
-        "versions": {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := installed(name))},
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in PACKAGES if (found := installed(name))},
         "command": " ".join(["python", *sys.argv]),
     }
 
