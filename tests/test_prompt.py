@@ -273,6 +273,12 @@ def test_thinking_that_the_prompt_opens_is_trained_though_the_template_removes_i
         made.segments([USER, ANSWER])
 
 
+def test_a_template_that_closes_the_conversation_once_more_trains_every_turn() -> None:
+    made = contract(CHATML + "{%- if not add_generation_prompt -%}{{ pad_token }}{%- endif -%}")  # Phi 3's habit
+    assert trained(made, [USER, ANSWER, USER, ANSWER]) == [f"12 apples.{EOS}"] * 2
+    assert made.segments([USER, ANSWER])[-1].text == "\n<|endoftext|>"
+
+
 def test_tool_turns_are_context_and_tool_calls_are_trained() -> None:
     made = contract(TOOLS)
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 6}}]}

@@ -76,7 +76,9 @@ def _exact_turns(
             continue
         # The rendering of a whole conversation that ends here is `full` itself, unless that is a prompt
         turn = full if index == len(messages) - 1 else render(messages[: index + 1])
-        if full.startswith(turn) and len(prompt) < (end := _end_of_turn(turn, len(prompt), stop)):
+        end = _end_of_turn(turn, len(prompt), stop)
+        # What follows a turn's end may differ: some templates close every conversation with one more token
+        if len(prompt) < end and full.startswith(turn[:end]):
             yield _Span(index, len(prompt), end)
 
 
