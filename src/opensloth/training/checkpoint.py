@@ -1,9 +1,13 @@
 """Checkpoints that are complete or not there: written under another name, renamed, and only then the oldest removed."""
 
+import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from opensloth.errors import UserError
 
@@ -22,10 +26,32 @@ def complete(directory: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether everything that a resume needs is there and not empty: weights, optimizer, scheduler, state."""
-    needed = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt", STATE)]
+    """Whether everything that a resume needs is there and whole: weights, optimizer, scheduler, state."""
     weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
-    return bool(weights) and all(path.is_file() and path.stat().st_size for path in needed + weights)
+    pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    return (
+        bool(weights)
+        and all(map(is_whole_safetensors, weights))
+        and all(map(zipfile.is_zipfile, pickles))  # looks for the directory at the end of torch's files
+        and is_whole_json(checkpoint / STATE)
+    )
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def is_whole_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def to_resume(resume: str, directory: Path) -> Path | None:
