@@ -362,6 +362,10 @@ def test_the_name_is_no_part_of_the_identity() -> None:
     check_same(made, replace(made, name="other"), tiny_tokenizer())
 
 
+def test_another_pad_token_is_no_other_contract() -> None:
+    assert contract().hash == contract_for(tiny_tokenizer(pad_token=EOS)).hash
+
+
 def test_another_contract_is_an_error_that_shows_the_first_differing_token() -> None:
     with pytest.raises(UserError) as error:
         check_same(contract(choice="reasoning"), contract(), tiny_tokenizer())

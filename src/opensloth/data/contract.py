@@ -48,7 +48,10 @@ class Tags:
 
 @dataclass(frozen=True)
 class PromptContract:
-    """See the module. `name` says where the template came from and is no part of the contract's identity."""
+    """See the module. `name` says where the template came from and is no part of the contract's identity.
+
+    `special_tokens` are those that the template asks for by name: another pad token is no other contract.
+    """
 
     name: str
     chat_template: str
@@ -130,13 +133,13 @@ class PromptContract:
 
     @cached_property
     def frame(self) -> str:
-        """A text that holds every control token which the template writes around turns, and eos, bos and pad."""
+        """A text that holds every control token which the template writes around turns."""
         question = {"role": "user", "content": "."}
         try:
             text = self.render([{"role": "system", "content": "."}, question], add_generation_prompt=True)
         except BadRow:  # a template without a system role
             text = self.render([question], add_generation_prompt=True)
-        return " ".join([text, *self.stop, self.eos_token, *self.special_tokens.values()])
+        return " ".join([text, *self.stop])
 
     def prompt_ids(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids up to and including the generation prompt: exactly what a training row has before the answer.

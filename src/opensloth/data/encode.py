@@ -36,6 +36,7 @@ class PieceEncoder:
         self._backend = backend
         self.controls = _control_tokens(tokenizer)
         bos = tokenizer.bos_token
+        self._named = {bos, tokenizer.eos_token, tokenizer.pad_token}
         self.bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else None
         self._any_control = re.compile("|".join(map(re.escape, self.controls))) if self.controls else None
         self._plain: dict[str, list[int]] = {}
@@ -79,8 +80,8 @@ class PieceEncoder:
     def shield(self, messages: Sequence[Mapping[str, Any]], frame: str) -> list[dict[str, Any]]:
         """`messages` with the control tokens in their texts marked, so that `encode` makes plain characters of them.
 
-        Of an assistant's text only the tokens in `frame` (those that the template itself writes around turns) are
-        marked: a model's own marks, such as those around its thinking, are part of what it has to write.
+        Of an assistant's text only bos, eos, pad and the tokens in `frame` (those that the template itself writes
+        around turns) are marked: a model's own marks, as around its thinking, are part of what it has to write.
         """
         if self._any_control is None:
             return [dict(message) for message in messages]
@@ -103,7 +104,7 @@ class PieceEncoder:
         return value
 
     def _mark(self, control: str, only: str | None) -> str:
-        if only is not None and control not in only:
+        if only is not None and control not in only and control not in self._named:
             return control
         return f"{_OPEN}{self.controls.index(control)}{_CLOSE}"
 

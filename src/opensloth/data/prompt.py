@@ -76,7 +76,11 @@ def contract_for(
         tags=REASONING_TAGS if choice == "reasoning" else None,
         stop=(),
         eos_token=tokenizer.eos_token or "",
-        special_tokens={key: text for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)},
+        special_tokens={
+            name: text
+            for name, text in tokenizer.special_tokens_map.items()
+            if isinstance(text, str) and name in template
+        },
     )
     if system is None and choice == "reasoning":
         system = REASONING_SYSTEM
