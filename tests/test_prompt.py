@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensloth.cli.sft import check_tokenizer
 from opensloth.data.encode import encoder_of
 from opensloth.data.messages import BadRow, Example
+from opensloth.data.models import tokenizer_digest
 from opensloth.data.prompt import (
     REASONING_SYSTEM,
     REASONING_TAGS,
@@ -379,3 +382,19 @@ def test_contracts_that_render_alike_still_show_what_differs() -> None:
         check_same(made, replace(made, stop=("</s>",)), tiny_tokenizer())
     with pytest.raises(UserError, match="their templates part at character"):
         check_same(made, replace(made, chat_template=made.chat_template + "{# more #}"), tiny_tokenizer())
+
+
+def test_an_adapter_is_not_trained_on_data_of_another_contract(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tokenizer = tiny_tokenizer()
+    for directory in (base, adapter):
+        tokenizer.save_pretrained(directory)
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    contract(choice="reasoning").save(adapter / "prompt.json")
+
+    manifest = SimpleNamespace(model=str(base), tokenizer_digest=tokenizer_digest(tokenizer))
+    job = SimpleNamespace(model=str(adapter), revision=None, trust_remote_code=False)
+    check_tokenizer(job, SimpleNamespace(manifest=manifest, contract=contract(choice="reasoning")))
+    with pytest.raises(UserError, match="token 0 of a short conversation"):
+        check_tokenizer(job, SimpleNamespace(manifest=manifest, contract=contract()))

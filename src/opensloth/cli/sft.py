@@ -89,16 +89,20 @@ def with_data_settings(resolved: Resolved[SftJob], prepared: "Prepared") -> Reso
 
 
 def check_tokenizer(job: SftJob, prepared: "Prepared") -> None:
-    """Another model may be trained on the data if it reads the same tokens."""
+    """Another model may be trained on the data if it reads the same tokens, and an adapter if it was trained so too."""
     from opensloth.data.models import load_tokenizer, resolve_model, tokenizer_digest
+    from opensloth.data.prompt import CONTRACT_FILE, PromptContract, check_same
 
     manifest = prepared.manifest
-    tokenizer = load_tokenizer(resolve_model(str(job.model), job.revision), job.trust_remote_code)
+    ref = resolve_model(str(job.model), job.revision)
+    tokenizer = load_tokenizer(ref, job.trust_remote_code)
     if tokenizer_digest(tokenizer) != manifest.tokenizer_digest:
         raise UserError(
             f"--model {job.model} reads other tokens than {manifest.model}, the model of {prepared.directory}.",
             f"Prepare the data for it: os-data {manifest.source.spec} --model {job.model}",
         )
+    if ref.adapter is not None and (ref.adapter / CONTRACT_FILE).is_file():
+        check_same(PromptContract.load(ref.adapter / CONTRACT_FILE), prepared.contract, tokenizer)
 
 
 def report(result: "Result", as_json: bool) -> None:
