@@ -103,17 +103,16 @@ def _reopened(
     prompt = render(messages[:-1], add_generation_prompt=True)
     content = messages[-1].get("content")
     shared = len(common_start(prompt, full))
-    tail = full[max((full.rfind(text) for text in stop), default=-1) :] if any(text in full for text in stop) else ""
+    last_stop = max((full.rfind(text) for text in stop), default=-1)
+    tail = full[last_stop:] if last_stop >= 0 else ""
     for begin in range(shared, max(0, len(prompt) - _LONGEST_MARK) - 1, -1):
         mark = prompt[begin:]
         if not isinstance(content, str) or not tail or not mark.strip():
             break
         if content.lstrip().startswith(mark.strip()):
-            answer = content.lstrip().removeprefix(mark.strip())
-            answer = answer.removeprefix(mark[len(mark.rstrip()) :])
+            answer = content.lstrip().removeprefix(mark.strip()).removeprefix(mark[len(mark.rstrip()) :])
             end = next(len(text) for text in stop if tail.startswith(text))
-            spans = list(_exact_turns(render, messages[:-1], prompt, stop))
-            before = _cut(prompt, spans, target_only)
+            before = _cut(prompt, list(_exact_turns(render, messages[:-1], prompt, stop)), target_only)
             ending = [Segment(tail[end:], not target_only)] if tail[end:] else []
             return [*before, Segment(answer + tail[:end], True), *ending]
     raise BadRow("assistant turn does not begin as the generation prompt ends")
