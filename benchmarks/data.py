@@ -59,11 +59,13 @@ def write_rows(source: Path, target: Path, count: int) -> None:
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     with target.open("w", encoding="utf-8") as file:
         for number in range(count):
-            turn, row = number // len(rows), rows[number % len(rows)]
-            changed = {
-                name: re.sub(r"\d+", lambda m: str(int(m[0]) + turn), row[name]) for name in ("question", "answer")
-            }
+            turn, row = divmod(number, len(rows))
+            changed = {name: shifted(rows[row][name], turn) for name in ("question", "answer")}
             file.write(json.dumps(changed) + "\n")
+
+
+def shifted(text: str, by: int) -> str:
+    return re.sub(r"\d+", lambda found: str(int(found[0]) + by), text)
 
 
 def run(name: str, data: Path, model: str, folder: str) -> float:

@@ -1,9 +1,9 @@
-"""Both engines on real data: train with each, in bf16 and 4-bit, and read every adapter back with PEFT and with unsloth.
+"""Both engines on real data: train with each, in bf16 and 4-bit, and read every adapter with PEFT and with unsloth.
 
-usage: python benchmarks/engines.py DATA --model M [--steps 60] [--rows 50] [--output benchmarks/results/engines-<card>.json]
+usage: python benchmarks/engines.py DATA --model M [--steps 60] [--rows 50] [--output FILE.json]
 
 Needs a CUDA card. An adapter is good when PEFT and unsloth agree on it: the share of equal argmax tokens, teacher-forced
-over the answers of `--rows` rows, and the mean absolute difference of their log-probabilities.
+on the answers of `--rows` rows, and the mean absolute difference of their log-probabilities.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
+
+import machine
 
 MAX_LENGTH = 1024
 

@@ -190,7 +190,7 @@ def memory_figures(
     need = memory.estimate(config, job, dtype.itemsize)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":
-        pack = memory.pack_tokens(config, job, device, longest or 1, dtype)
+        pack = memory.plan(config, job, device, longest or 1, dtype).pack_tokens
         text = f"{size(need.total(pack))} a process with packs of {pack:,} tokens ({text})"
     weights = need.adapter // 4  # fp32 weights, gradients and two moments are equal parts of it
     disk = weights * (3 * job.save_total_limit + 2)

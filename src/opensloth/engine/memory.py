@@ -10,6 +10,7 @@ from opensloth.config.run import TrainOptions
 
 SPARE = 0.10  # of the free memory, for what the rule does not count (fragmentation, kernels' work space)
 MOST_TOKENS = 32_768  # beyond this a pack only adds latency between logs
+ENOUGH_TOKENS = 4_096  # a pack of this size keeps a card busy; rather recompute than go below
 CPU_TOKENS = 1_024  # larger packs are not faster on a CPU: measured with 135M parameters on two cores
 GIB = 2**30
 
@@ -92,20 +93,36 @@ def free_bytes(device: torch.device) -> int | None:
     return int(min(free, allowed) + reusable)
 
 
-def pack_tokens(
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Tokens that go through the model at once, and what is recomputed in the backward pass."""
+
+    pack_tokens: int
+    checkpointing: str
+
+
+def plan(
     config: PretrainedConfig, options: TrainOptions, device: torch.device, longest: int, dtype: torch.dtype
-) -> int:
-    """Tokens that go through the model at once, once the weights are loaded.
+) -> MemoryPlan:
+    """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
 
     Args:
         longest: the longest row; a pack must hold it whole.
     """
-    if not isinstance(options.pack_tokens, str):
-        return max(options.pack_tokens, longest)
     free = free_bytes(device)
-    if free is None:
-        return max(CPU_TOKENS, longest)
-    need = estimate(config, options, dtype.itemsize)
-    fits = int((free * (1 - SPARE) - need.adapter) / need.per_token)
-    rounded = max(fits, 1) // 256 * 256
-    return max(longest, min(rounded, MOST_TOKENS))
+    asked = options.gradient_checkpointing
+    wanted = max(longest, ENOUGH_TOKENS)
+    if not isinstance(options.pack_tokens, str):
+        wanted = max(longest, options.pack_tokens)
+    chosen, fits = "none" if asked == "auto" else asked, wanted
+    for mode in ("none", "selective", "full") if asked == "auto" else (asked,):
+        if free is None:
+            break
+        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize)
+        chosen, fits = mode, int((free * (1 - SPARE) - need.adapter) / need.per_token)
+        if fits >= wanted:
+            break
+    if not isinstance(options.pack_tokens, str):
+        return MemoryPlan(wanted, chosen)
+    tokens = CPU_TOKENS if free is None else min(max(fits, 1) // 256 * 256, MOST_TOKENS)
+    return MemoryPlan(max(longest, tokens), chosen)

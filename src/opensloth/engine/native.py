@@ -34,9 +34,13 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         model.set_attn_implementation(attention.NAME)
     if job.load_in_4bit or job.load_in_8bit:
         model = lora.before_quantized_training(model)
+    trained = with_adapter(model, job, ref, seed, notes)
+    if job.compile == "on":
+        for layer in model.get_decoder().layers:  # each layer alone: one compilation serves them all
+            layer.compile()
     return Engine(
         name="native",
-        model=with_adapter(model, job, ref, seed, notes),
+        model=trained,
         tokenizer=load_tokenizer(ref, job.trust_remote_code),
         loss=pack_loss if packs else padded_loss,
         packs=packs,

@@ -72,6 +72,10 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
     if finished:
         return Result(output, "already finished", finished)
     log.say(f"run directory: {output}")
+    if prepared.manifest.shards != world.processes:
+        log.say(
+            f"the data was planned for {prepared.manifest.shards} processes; its rows are dealt to {world.processes}"
+        )
     run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
 

@@ -11,17 +11,18 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log
-from opensloth.data.schedule import Schedule
 from opensloth.launch.stop import StopRequest
+from opensloth.training.loader import Steps
 
 LINE_SECONDS = 1.0  # between two lines for the person
 
 
 class Metrics(TrainerCallback):
-    """Rank 0: adds speed, progress and memory to every log, and writes it to metrics.jsonl and TensorBoard."""
+    """Rank 0: adds speed, padding, progress and memory to every log, and writes it to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, run_dir: Path, plan: Schedule, device: torch.device, tensorboard: bool) -> None:
-        self.plan = plan
+    def __init__(self, run_dir: Path, steps: Steps, device: torch.device, tensorboard: bool) -> None:
+        self.steps = steps
+        self.plan = steps.plan
         self.device = device
         self.tensorboard = run_dir / "tensorboard" if tensorboard else None
         self.path = run_dir / "metrics.jsonl"
@@ -66,6 +67,8 @@ class Metrics(TrainerCallback):
         now = time.monotonic()
         tokens = sum(self.plan.tokens(number) for number in range(self.step, step))
         logs["tokens_per_second"] = round(tokens / max(now - self.at, 1e-9), 1)
+        slots = sum(self.steps.slots(number) for number in range(self.step, step))
+        logs["padding"] = round(1 - tokens / slots, 4) if slots else 0.0
         logs["memory_gib"] = round(peak_memory(self.device) / 2**30, 3)
         self.step, self.at = step, now
 

@@ -12,6 +12,8 @@ from opensloth.data.schedule import Schedule, padded_batches
 from opensloth.data.shards import deal_step
 from opensloth.engine.loss import IGNORED
 
+NOTHING = 2  # tokens of an empty pack
+
 
 class Step(TypedDict):
     """One process's share of an optimizer step.
@@ -76,7 +78,7 @@ class Batcher:
     def read(self, rows: list[int]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """Ids and labels of each row; without rows a masked one, so that every process runs as many passes."""
         if not rows:
-            return [(np.full(2, self.pad_id, np.int32), np.full(2, IGNORED, np.int32))]
+            return [(np.full(NOTHING, self.pad_id, np.int32), np.full(NOTHING, IGNORED, np.int32))]
         found = [self.prepared.rows.row(row) for row in rows]
         return [(row.input_ids, row.labels) for row in found]
 
@@ -97,6 +99,19 @@ class Steps(Dataset[Step]):
     def rows(self, number: int) -> list[list[int]]:
         """The rows of this process's micro-batches in a step."""
         return self.plan.micro_batches(number, self.pack_tokens, self.processes)[self.rank]
+
+    def slots(self, number: int) -> int:
+        """Tokens that all processes put through the model in a step, padding included."""
+        lengths, total = self.plan.lengths, 0
+        for process in self.plan.micro_batches(number, self.pack_tokens, self.processes):
+            for rows in process:
+                if not rows:
+                    total += NOTHING
+                elif self.batcher.packing:
+                    total += int(lengths[rows].sum())
+                else:
+                    total += len(rows) * int(lengths[rows].max())
+        return total
 
     def row_ids(self, number: int) -> list[int]:
         """The same rows, by their number in the source."""

@@ -1,7 +1,6 @@
 """The arithmetic of a run, made once and printed once: steps, packs, processes, memory."""
 
 import statistics
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,28 +8,18 @@ import torch.distributed as dist
 from opensloth.config.run import TrainOptions
 from opensloth.data.schedule import Schedule
 from opensloth.engine import Engine, memory
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Tokens that go through the model at once, and what is recomputed in the backward pass."""
-
-    pack_tokens: int
-    checkpointing: str
+from opensloth.engine.memory import MemoryPlan
 
 
 def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int) -> MemoryPlan:
-    """The same plan on every process: the smallest that any of them has memory for."""
-    checkpointing = options.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = "none"
-    config = engine.model.config
-    tokens = memory.pack_tokens(config, options, device, longest, engine.dtype)
-    if dist.is_initialized():
-        agreed = torch.tensor(tokens, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-        tokens = int(agreed)
-    return MemoryPlan(max(tokens, longest), checkpointing)
+    """The same plan on every process: the one that needs the least memory of those that they chose."""
+    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype)
+    if not dist.is_initialized():
+        return mine
+    plans: list[MemoryPlan] = [mine] * dist.get_world_size()
+    dist.all_gather_object(plans, mine)
+    modes = ("none", "selective", "full")
+    return MemoryPlan(min(p.pack_tokens for p in plans), max((p.checkpointing for p in plans), key=modes.index))
 
 
 def describe(plan: Schedule, chosen: MemoryPlan, processes: int) -> list[str]:

@@ -9,6 +9,11 @@ from opensloth.config.run import TrainOptions
 from opensloth.engine import Engine
 
 OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+# "selective" recomputes every second layer; reentrant checkpointing does not work with DDP on adapters
+CHECKPOINTING = {
+    "selective": {"use_reentrant": False, "every_n_layers": 2},
+    "full": {"use_reentrant": False},
+}
 
 
 def sft_args(
@@ -19,7 +24,7 @@ def sft_args(
     seed: int,
     device: torch.device,
     engine: Engine,
-    checkpointing: bool,
+    checkpointing: str,
     evaluates: bool,
     backend: str,
     processes: int,
@@ -48,8 +53,8 @@ def sft_args(
         "optim": fused if optimizer == "adamw_torch" else optimizer,
         "bf16": engine.autocast and engine.dtype is torch.bfloat16,
         "fp16": engine.dtype is torch.float16,
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "gradient_checkpointing": checkpointing != "none",
+        "gradient_checkpointing_kwargs": CHECKPOINTING.get(checkpointing),
         "logging_steps": options.logging_steps,
         "logging_first_step": True,
         # the filter hides NaN and makes the host wait for the card at every micro-batch
