@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast  # noqa: TID253
 
 import opensloth
-from opensloth.data.prompt import contract_for
+from opensloth.data.prompt.choose import contract_for
 
 here = Path(opensloth.__file__).resolve()
 assert "site-packages" in here.parts, f"{here} is not the installed wheel"

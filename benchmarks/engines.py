@@ -2,7 +2,7 @@
 
 usage: python benchmarks/engines.py DATA --model M [--steps 60] [--rows 50] [--output FILE.json]
 
-Needs a CUDA card. An adapter is good when PEFT and unsloth agree on it: the share of equal argmax tokens, teacher-forced
+Needs a CUDA card. An adapter is good when PEFT and unsloth agree on it: share of equal argmax tokens, teacher-forced
 on the answers of `--rows` rows, and the mean absolute difference of their log-probabilities.
 """
 
@@ -98,7 +98,7 @@ def score(reader: str, run: Path, bits: int, rows: int, target: Path) -> None:
         model = load_with_peft(run, bits)
     import torch
 
-    from opensloth.data.prepared import open_prepared
+    from opensloth.data.prepared.directory import open_prepared
 
     prepared = open_prepared(Path(json.loads((run / "job.json").read_text())["data"]["directory"]))
     model.eval()

@@ -103,7 +103,7 @@ def test_ctrl_c_is_75_and_one_line(call):
 
 def test_a_bug_keeps_its_traceback_and_exits_1():
     code = (
-        "import sys; from opensloth.cli import data, program; import opensloth.data.show as s\n"
+        "import sys; from opensloth.cli import data, program; import opensloth.data.show.terminal as s\n"
         "s.show = lambda *a, **k: 1 / 0\nsys.exit(program.run(data.app, ['show', 'x']))"
     )
     done = child("", code=code)
@@ -114,7 +114,7 @@ def test_a_bug_keeps_its_traceback_and_exits_1():
 
 def test_a_reader_that_leaves_is_a_quiet_end(tmp_path):
     code = (
-        "import sys; from opensloth.cli import data, program; import opensloth.data.show as s\n"
+        "import sys; from opensloth.cli import data, program; import opensloth.data.show.terminal as s\n"
         "s.show = lambda *a, **k: print('x' * 10**6)\nsys.exit(program.run(data.app, ['show', 'x']))"
     )
     pipe = f'"{sys.executable}" -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'

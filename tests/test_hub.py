@@ -19,8 +19,8 @@ READER = """
 import json, sys
 from opensloth import log
 log.quiet_libraries()
-from opensloth.data.models import load_tokenizer, resolve_model
-from opensloth.data.sources import open_source
+from opensloth.data.models.resolve import load_tokenizer, resolve_model
+from opensloth.data.sources.open import open_source
 from opensloth.errors import UserError
 
 def source(**options):

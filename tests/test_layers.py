@@ -41,7 +41,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def dotted(path: Path) -> str:
-    """`data.packing` for src/opensloth/data/packing.py, `data` for its __init__.py."""
+    """`data.plan.packing` for src/opensloth/data/plan/packing.py, `data` for its __init__.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

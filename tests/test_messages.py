@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensloth.data.formats import ROLES, SHAPES
-from opensloth.data.messages import BadRow, Example, RowFormat, detect_format, parse_mapping
+from opensloth.data.messages.examples import BadRow, Example, RowFormat, detect_format, parse_mapping
+from opensloth.data.messages.formats import ROLES, SHAPES
 from opensloth.errors import UserError
 
 

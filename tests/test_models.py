@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from opensloth.data import sample_model
-from opensloth.data.models import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
+from opensloth.data.models import smollm2 as sample_model
+from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
 from opensloth.errors import UserError
 from tiny import save_tiny_model, tiny_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensloth.data.packing import best_fit
+from opensloth.data.plan.packing import best_fit
 
 CAPACITY = 64
 row_lengths = st.lists(st.integers(1, CAPACITY), max_size=200)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from opensloth.config.jobs import DataJob
-from opensloth.data import build
-from opensloth.data.messages import detect_format
-from opensloth.data.models import resolve_model
-from opensloth.data.prepare import Tally, default_output, open_prepared, prepare, reshard
-from opensloth.data.prompt import contract_for
-from opensloth.data.sources import open_source
-from opensloth.data.summary import summarize
+from opensloth.data.messages.examples import detect_format
+from opensloth.data.models.resolve import resolve_model
+from opensloth.data.prepared import build
+from opensloth.data.prepared.prepare import Tally, default_output, open_prepared, prepare, reshard
+from opensloth.data.prepared.summary import summarize
+from opensloth.data.prompt.choose import contract_for
+from opensloth.data.sources.open import open_source
 from opensloth.errors import UserError, WorkerFailed
 from tiny import tiny_tokenizer
 
@@ -332,7 +332,7 @@ def test_the_template_that_nobody_chose_is_named(job, capsys):
 
 
 def test_long_rows_make_smaller_batches():
-    from opensloth.data.sources import RawRow
+    from opensloth.data.sources.open import RawRow
 
     rows = [RawRow(line, {"messages": [{"content": "x" * (build.BATCH_CHARACTERS // 3)}]}) for line in range(1, 10)]
     assert [len(batch) for batch in build.batched(rows)] == [4, 4, 1]
@@ -419,7 +419,7 @@ def test_a_reshard_that_was_killed_between_its_two_files_is_completed(copy):
 
 def test_reshard_of_a_hundred_thousand_rows_takes_under_a_second(tmp_path, copy):
     """The rows file is the small one: a plan must not read it."""
-    from opensloth.data import prepared as module
+    from opensloth.data.prepared import directory as module
 
     lengths = np.clip(np.random.default_rng(0).lognormal(5.3, 0.6, 100_000).astype(np.int64), 1, 2048)
     options = open_prepared(copy).manifest.options

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensloth.cli.sft import check_tokenizer
-from opensloth.data.encode import encoder_of
-from opensloth.data.messages import BadRow, Example
-from opensloth.data.models import tokenizer_digest
-from opensloth.data.prompt import (
+from opensloth.data.messages.examples import BadRow, Example
+from opensloth.data.models.resolve import tokenizer_digest
+from opensloth.data.prompt.choose import (
     REASONING_SYSTEM,
     REASONING_TAGS,
     PromptContract,
     check_same,
     contract_for,
 )
+from opensloth.data.tokens.encode import encoder_of
 from opensloth.errors import UserError
 from templates import FORGETTING, OPENING, STRICT, TOOLS, TRIMMING
 from tiny import CHATML, tiny_tokenizer

@@ -3,10 +3,10 @@ from itertools import islice
 
 import pytest
 
-from opensloth.data import sample
-from opensloth.data.messages import detect_format
-from opensloth.data.sample import arithmetic
-from opensloth.data.sources import open_source
+from opensloth.data.messages.examples import detect_format
+from opensloth.data.sources import arithmetic as sample
+from opensloth.data.sources.arithmetic import arithmetic
+from opensloth.data.sources.open import open_source
 from opensloth.errors import UserError
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensloth.config.run import TrainOptions
-from opensloth.data.schedule import padded_batches, schedule
+from opensloth.data.plan.schedule import padded_batches, schedule
 from opensloth.errors import UserError
 
 ROWS = 40

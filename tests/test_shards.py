@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from opensloth.data.shards import auto_tokens_per_step, deal_step, global_order, make_plan, optimizer_steps
+from opensloth.data.plan.shards import auto_tokens_per_step, deal_step, global_order, make_plan, optimizer_steps
 from opensloth.errors import UserError
 
 CAPACITY = 64

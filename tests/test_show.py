@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from opensloth.config.jobs import DataJob
-from opensloth.data.prepare import prepare
-from opensloth.data.show import show, summary_table, terminal
-from opensloth.data.show_html import page
-from opensloth.data.summary import summarize
-from opensloth.data.view import histogram, pieces, view
+from opensloth.data.prepared.prepare import prepare
+from opensloth.data.prepared.summary import summarize
+from opensloth.data.show.html import page
+from opensloth.data.show.terminal import show, summary_table, terminal
+from opensloth.data.show.view import histogram, pieces, view
 from opensloth.errors import UserError
 from tiny import tiny_tokenizer
 

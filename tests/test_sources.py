@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from loopback_hub import LoopbackHub
-from opensloth.data import files
-from opensloth.data.sources import RawRow, Source, open_source
+from opensloth.data.sources import files
+from opensloth.data.sources.open import RawRow, Source, open_source
 from opensloth.errors import UserError
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(7)]
@@ -281,7 +281,7 @@ ASK = """
 import json, sys
 from opensloth import log
 log.quiet_libraries()
-from opensloth.data.sources import open_source
+from opensloth.data.sources.open import open_source
 from opensloth.errors import UserError
 answers = {}
 for name, (spec, options) in json.load(sys.stdin).items():
@@ -347,7 +347,7 @@ def test_what_is_no_hub_data_set_is_refused(answers: dict[str, Any], question: s
 
 
 def test_a_full_disk_is_said_with_the_folder_that_is_full() -> None:
-    from opensloth.data.hub_errors import explain
+    from opensloth.data.sources.hub_errors import explain
 
     error = RuntimeError("while downloading")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")

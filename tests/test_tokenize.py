@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensloth.data.encode import encoder_of
-from opensloth.data.messages import RowFormat
-from opensloth.data.prompt import REASONING_SYSTEM, PromptContract, contract_for
-from opensloth.data.sources import RawRow
-from opensloth.data.tokenize import MASKED, DroppedRow, RowBuilder, TokenRow
-from opensloth.data.words import WordEncoder, splits_at_blanks
+from opensloth.data.messages.examples import RowFormat
+from opensloth.data.prompt.choose import REASONING_SYSTEM, PromptContract, contract_for
+from opensloth.data.sources.open import RawRow
+from opensloth.data.tokens.encode import encoder_of
+from opensloth.data.tokens.rows import MASKED, DroppedRow, RowBuilder, TokenRow
+from opensloth.data.tokens.words import WordEncoder, splits_at_blanks
 from opensloth.errors import UserError
 from templates import TOOLS, TRIMMING
 from tiny import CHATML, tiny_tokenizer

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loopback_hub import LoopbackHub, files_of
-from opensloth.data.sample import arithmetic
+from opensloth.data.sources.arithmetic import arithmetic
 from tiny import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -213,8 +213,8 @@ def test_the_readmes_inference_program_uses_the_contracts_prompt(project: Projec
     program = program.replace("max_new_tokens=512", "max_new_tokens=8")
     check = """
 from pathlib import Path
-from opensloth.data.messages import Example
-from opensloth.data.prompt import PromptContract
+from opensloth.data.messages.examples import Example
+from opensloth.data.prompt.choose import PromptContract
 contract = PromptContract.load(Path(run) / "prompt.json")
 assert prompt["input_ids"][0].tolist() == contract.prompt_ids(tokenizer, contract.messages(Example(tuple(messages))))
 """

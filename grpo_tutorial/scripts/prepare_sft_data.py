@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from opensloth import log, paths
-from opensloth.data.formats import SHAPES
-from opensloth.data.messages import BadRow, detect_format
-from opensloth.data.sources import open_source
+from opensloth.data.messages.examples import BadRow, detect_format
+from opensloth.data.messages.formats import SHAPES
+from opensloth.data.sources.open import open_source
 from opensloth.errors import OpenSlothError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from opensloth.config.jobs import DataJob, SftJob
 from opensloth.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from opensloth.data.prepare import Prepared
+    from opensloth.data.prepared.prepare import Prepared
 
 DEFAULT = "prepare"
 TYPER_OWN = ("--help", "--install-completion", "--show-completion")
@@ -57,7 +57,7 @@ def prepare(request: Request[DataJob]) -> None:
 
         plan_data(request)
         return
-    from opensloth.data.prepare import prepare
+    from opensloth.data.prepared.prepare import prepare
 
     report(prepare(request.job), request.as_json)
 
@@ -76,7 +76,7 @@ def show(
     ] = False,
 ) -> None:
     """Show prepared rows with their trained and masked tokens, lengths, packs and drops."""
-    from opensloth.data.show import show
+    from opensloth.data.show.terminal import show
 
     with reader_may_leave():
         show(directory, row=row, n=number, html=html, trust_remote_code=trust_remote_code)
@@ -89,7 +89,7 @@ def reshard(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
 ) -> None:
     """Divide prepared data anew, without tokenizing."""
-    from opensloth.data.prepare import reshard
+    from opensloth.data.prepared.prepare import reshard
 
     report(reshard(directory, gpus), as_json)
 
@@ -107,7 +107,7 @@ def report(prepared: "Prepared", as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures(prepared), ensure_ascii=False))
         return
-    from opensloth.data.summary import summarize
+    from opensloth.data.prepared.summary import summarize
 
     directory, manifest = prepared.directory, prepared.manifest
     lines = summarize(prepared).lines()

@@ -13,7 +13,7 @@ from opensloth.config.base import resolve
 from opensloth.config.jobs import TrainSftJob
 
 if TYPE_CHECKING:
-    from opensloth.data.messages import Example
+    from opensloth.data.messages.examples import Example
     from opensloth.evaluation.score import Score
 
 MODEL, DATA, TEMPLATE = "sample:smollm2", "sample:arithmetic", "reasoning"
@@ -27,8 +27,8 @@ RECIPE = {"tokens_per_step": 1024, "max_steps": 60, "lr": 1e-3, "lr_scheduler": 
 def run(output: Path, samples: int | None, max_steps: int | None, processes: int | None) -> None:
     """Score the base model, train an adapter, score it, and show both."""
     from opensloth.cli.train import start_sft
-    from opensloth.data.models import load_tokenizer, resolve_model
-    from opensloth.data.prompt import contract_for
+    from opensloth.data.models.resolve import load_tokenizer, resolve_model
+    from opensloth.data.prompt.choose import contract_for
     from opensloth.evaluation.score import score_model
 
     adapter = output / "sft"
@@ -46,8 +46,8 @@ def run(output: Path, samples: int | None, max_steps: int | None, processes: int
 
 
 def held_out() -> "list[Example]":
-    from opensloth.data.messages import detect_format
-    from opensloth.data.sample import arithmetic
+    from opensloth.data.messages.examples import detect_format
+    from opensloth.data.sources.arithmetic import arithmetic
 
     rows = list(islice(arithmetic("test"), HELD_OUT))
     row_format = detect_format(list(rows[0]), {})

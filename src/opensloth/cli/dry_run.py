@@ -19,7 +19,7 @@ from opensloth.config.run import TrainOptions
 from opensloth.errors import UserError
 
 if TYPE_CHECKING:
-    from opensloth.data.prepared import Prepared
+    from opensloth.data.prepared.directory import Prepared
     from opensloth.launch.world import World
 
 FIRST_ROWS = 1_000
@@ -30,7 +30,7 @@ Figures = dict[str, str]
 
 
 def plan_data(request: Request[DataJob]) -> None:
-    from opensloth.data.prepare import default_output
+    from opensloth.data.prepared.prepare import default_output
 
     job = request.job
     figures = data_figures(job)[0]
@@ -38,7 +38,7 @@ def plan_data(request: Request[DataJob]) -> None:
 
 
 def plan_train_sft(request: Request[TrainSftJob], data: DataJob, world: "World") -> None:
-    from opensloth.data.prepare import default_output
+    from opensloth.data.prepared.prepare import default_output
 
     figures, rows, tokens = data_figures(data)
     figures["prepared data"] = str(data.output or default_output(data))
@@ -49,8 +49,8 @@ def plan_train_sft(request: Request[TrainSftJob], data: DataJob, world: "World")
 
 
 def plan_sft(resolved: Resolved[SftJob], prepared: "Prepared", world: "World", as_json: bool) -> None:
-    from opensloth.data.schedule import schedule
-    from opensloth.data.summary import summarize
+    from opensloth.data.plan.schedule import schedule
+    from opensloth.data.prepared.summary import summarize
 
     job = resolved.job
     figures: Figures = {}
@@ -74,11 +74,11 @@ def data_figures(job: DataJob) -> tuple[Figures, int, int]:
 
     Raises UserError for an input, mapping or template that preparing would refuse too.
     """
-    from opensloth.data.build import Recipe
-    from opensloth.data.messages import detect_format, parse_mapping
-    from opensloth.data.models import load_tokenizer
-    from opensloth.data.prompt import contract_for
-    from opensloth.data.sources import is_path, open_source
+    from opensloth.data.messages.examples import detect_format, parse_mapping
+    from opensloth.data.models.resolve import load_tokenizer
+    from opensloth.data.prepared.build import Recipe
+    from opensloth.data.prompt.choose import contract_for
+    from opensloth.data.sources.open import is_path, open_source
 
     if not is_local(job.input) and not is_path(job.input):
         return {"data": "not estimated: that would fetch the data set from the hub"}, 0, 0
@@ -123,8 +123,8 @@ def is_local(spec: str) -> bool:
 def local_model(spec: str, revision: str | None) -> Any:
     """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
     from opensloth import paths
-    from opensloth.data.models import resolve_model
-    from opensloth.data.sample_model import DIRECTORY
+    from opensloth.data.models.resolve import resolve_model
+    from opensloth.data.models.smollm2 import DIRECTORY
 
     if spec == "sample:smollm2" and not (paths.cache_dir() / "models" / DIRECTORY).is_dir():
         return "the sample model has not been converted yet, which the first real run does"
@@ -149,7 +149,7 @@ def estimated_rows(job: DataJob, known: int | None, last_line: int) -> int | Non
 
 
 def estimated_steps(job: TrainOptions, rows: int, tokens: int, processes: int) -> Figures:
-    from opensloth.data.shards import auto_tokens_per_step
+    from opensloth.data.plan.shards import auto_tokens_per_step
 
     if job.batch_size is not None:
         wanted = job.batch_size * (job.grad_accum or 1) * processes

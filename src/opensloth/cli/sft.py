@@ -16,7 +16,7 @@ from opensloth.errors import UserError
 from opensloth.launch.world import plan_world, under_torchrun
 
 if TYPE_CHECKING:
-    from opensloth.data.prepared import Prepared
+    from opensloth.data.prepared.directory import Prepared
     from opensloth.launch.run_directory import Result
 
 HELP = "Train an adapter on prepared data (the directory that os-data left)."
@@ -25,7 +25,7 @@ app = new_app(HELP)
 
 
 def sft(request: Request[SftJob]) -> None:
-    from opensloth.data.prepared import open_prepared
+    from opensloth.data.prepared.directory import open_prepared
 
     prepared = open_prepared(request.job.data)
     check_method(prepared)
@@ -90,8 +90,8 @@ def with_data_settings(resolved: Resolved[SftJob], prepared: "Prepared") -> Reso
 
 def check_tokenizer(job: SftJob, prepared: "Prepared") -> None:
     """Another model may be trained on the data if it reads the same tokens, and an adapter if it was trained so too."""
-    from opensloth.data.models import load_tokenizer, resolve_model, tokenizer_digest
-    from opensloth.data.prompt import CONTRACT_FILE, PromptContract, check_same
+    from opensloth.data.models.resolve import load_tokenizer, resolve_model, tokenizer_digest
+    from opensloth.data.prompt.choose import CONTRACT_FILE, PromptContract, check_same
 
     manifest = prepared.manifest
     ref = resolve_model(str(job.model), job.revision)

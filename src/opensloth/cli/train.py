@@ -15,7 +15,7 @@ from opensloth.config.jobs import DataJob, SftJob, TrainSftJob, part
 from opensloth.launch.world import plan_world
 
 if TYPE_CHECKING:
-    from opensloth.data.prepared import Prepared
+    from opensloth.data.prepared.directory import Prepared
     from opensloth.launch.run_directory import Result
 
 app = new_app("From a raw data set to a trained adapter.")
@@ -33,7 +33,7 @@ def train_sft(request: Request[TrainSftJob]) -> None:
 
 def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
     """Prepare the data of a job and train on it."""
-    from opensloth.data.prepare import prepare
+    from opensloth.data.prepared.prepare import prepare
     from opensloth.launch.run_directory import start
     from opensloth.launch.torchrun import leader_first
 

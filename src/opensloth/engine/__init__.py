@@ -3,7 +3,7 @@
 import torch
 
 from opensloth.config.jobs import SftJob
-from opensloth.data.models import ModelRef
+from opensloth.data.models.resolve import ModelRef
 from opensloth.engine import choose
 from opensloth.engine.model import Engine
 

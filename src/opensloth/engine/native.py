@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from opensloth.config.jobs import SftJob
-from opensloth.data.models import ModelRef, load_tokenizer
+from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, lora
 from opensloth.engine.loss import pack_loss, padded_loss
 from opensloth.engine.model import Engine

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opensloth.config.jobs import SftJob
-from opensloth.data.models import ModelRef, load_tokenizer
+from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import choose, lora
 from opensloth.engine.loss import IGNORED
 from opensloth.engine.model import Engine

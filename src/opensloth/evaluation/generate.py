@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from opensloth.data.contract import PromptContract
-from opensloth.data.models import ModelRef
+from opensloth.data.models.resolve import ModelRef
+from opensloth.data.prompt.contract import PromptContract
 
 BATCH = 25  # prompts at once; on two cores a larger batch is not faster
 

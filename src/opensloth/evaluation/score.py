@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensloth import log
-from opensloth.data.contract import PromptContract
-from opensloth.data.messages import Example
+from opensloth.data.messages.examples import Example
+from opensloth.data.prompt.contract import PromptContract
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def score_model(model: str, contract: PromptContract, examples: Sequence[Example
     """Load a model or adapter, let it answer, and judge. Shows progress."""
     import torch
 
-    from opensloth.data.models import load_tokenizer, resolve_model
+    from opensloth.data.models.resolve import load_tokenizer, resolve_model
     from opensloth.engine import choose
     from opensloth.evaluation.generate import complete, load_for_inference
 

@@ -10,8 +10,8 @@ from opensloth import __version__, log, paths
 from opensloth.config.base import Resolved
 from opensloth.config.jobs import SftJob
 from opensloth.config.run import LaunchOptions
-from opensloth.data.models import ModelRef, resolve_model
-from opensloth.data.prepared import Prepared
+from opensloth.data.models.resolve import ModelRef, resolve_model
+from opensloth.data.prepared.directory import Prepared
 from opensloth.errors import UserError
 from opensloth.launch.launcher import run_workers
 from opensloth.launch.torchrun import leader_first

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from opensloth.data.prepare import Prepared
-from opensloth.data.schedule import Schedule, padded_batches
-from opensloth.data.shards import deal_step
+from opensloth.data.plan.schedule import Schedule, padded_batches
+from opensloth.data.plan.shards import deal_step
+from opensloth.data.prepared.prepare import Prepared
 from opensloth.engine.loss import IGNORED
 
 NOTHING = 2  # tokens of an empty pack

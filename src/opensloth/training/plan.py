@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from opensloth.config.run import TrainOptions
-from opensloth.data.schedule import Schedule
+from opensloth.data.plan.schedule import Schedule
 from opensloth.engine import Engine, memory
 from opensloth.engine.memory import MemoryPlan
 

@@ -14,9 +14,9 @@ from trl import SFTConfig
 
 from opensloth import log, paths
 from opensloth.config.jobs import SftJob
-from opensloth.data.models import ModelRef
-from opensloth.data.prepared import Prepared, open_prepared
-from opensloth.data.schedule import Schedule, schedule
+from opensloth.data.models.resolve import ModelRef
+from opensloth.data.plan.schedule import Schedule, schedule
+from opensloth.data.prepared.directory import Prepared, open_prepared
 from opensloth.engine import Engine, load
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped

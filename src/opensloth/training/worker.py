@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from opensloth import log, paths
 from opensloth.config.jobs import SftJob
-from opensloth.data.models import ModelRef
+from opensloth.data.models.resolve import ModelRef
 from opensloth.launch.device import claim_device
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ import opensloth
 from opensloth import log, paths
 from opensloth.config.data import DataOptions
 from opensloth.config.jobs import DataJob, part
-from opensloth.data.build import Recipe, build_all, cores
-from opensloth.data.contract import PromptContract
-from opensloth.data.manifest import CONTRACT, DROPPED, LAYOUT, ROWS, Manifest, SourceInfo, file_sizes
-from opensloth.data.messages import detect_format, parse_mapping
-from opensloth.data.models import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
-from opensloth.data.output import check_output, default_output, digest_of, reuse
-from opensloth.data.prepared import Prepared, open_prepared, plan_for, reshard, write_plan
-from opensloth.data.prompt import contract_for
-from opensloth.data.row_files import RowWriter
-from opensloth.data.sources import Source, open_source
+from opensloth.data.messages.examples import detect_format, parse_mapping
+from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
+from opensloth.data.prepared.build import Recipe, build_all, cores
+from opensloth.data.prepared.directory import Prepared, open_prepared, plan_for, reshard, write_plan
+from opensloth.data.prepared.manifest import CONTRACT, DROPPED, LAYOUT, ROWS, Manifest, SourceInfo, file_sizes
+from opensloth.data.prepared.output import check_output, default_output, digest_of, reuse
+from opensloth.data.prepared.row_files import RowWriter
+from opensloth.data.prompt.choose import contract_for
+from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.sources.open import Source, open_source
 from opensloth.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from opensloth.config.run import TrainOptions
-from opensloth.data.prepare import Prepared
-from opensloth.data.shards import auto_tokens_per_step, deal_step, optimizer_steps
+from opensloth.data.plan.shards import auto_tokens_per_step, deal_step, optimizer_steps
+from opensloth.data.prepared.prepare import Prepared
 from opensloth.errors import UserError
 
 Rows = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opensloth.data.packing import best_fit
+from opensloth.data.plan.packing import best_fit
 from opensloth.errors import UserError
 
 Ints = NDArray[np.integer]

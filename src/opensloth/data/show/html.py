@@ -3,7 +3,7 @@
 from html import escape
 
 from opensloth import log
-from opensloth.data.view import Bar, RowView, View
+from opensloth.data.show.view import Bar, RowView, View
 
 STYLE = """
 :root { color-scheme: light dark }

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from opensloth.data.contract import PromptContract
-from opensloth.data.manifest import AGAIN, CONTRACT, PLAN, ROWS, Manifest, check_files, load_manifest
-from opensloth.data.row_files import Rows
-from opensloth.data.shards import make_plan
+from opensloth.data.plan.shards import make_plan
+from opensloth.data.prepared.manifest import AGAIN, CONTRACT, PLAN, ROWS, Manifest, check_files, load_manifest
+from opensloth.data.prepared.row_files import Rows
+from opensloth.data.prompt.contract import PromptContract
 from opensloth.errors import UserError
 
 PLAN_COLUMNS = ("position", "row", "length", "trained", "pack", "shard", "split")

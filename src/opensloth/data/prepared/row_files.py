@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opensloth import paths
-from opensloth.data.tokenize import TokenRow
+from opensloth.data.tokens.rows import TokenRow
 from opensloth.errors import UserError
 
 FILE = "data-00000-of-00001.arrow"

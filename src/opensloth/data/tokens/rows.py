@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opensloth.data.contract import PromptContract
-from opensloth.data.encode import encoder_of
-from opensloth.data.messages import BadRow, Example, RowFormat
-from opensloth.data.rows import RawRow
-from opensloth.data.segments import Segment
+from opensloth.data.messages.examples import BadRow, Example, RowFormat
+from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.prompt.segments import Segment
+from opensloth.data.sources.rows import RawRow
+from opensloth.data.tokens.encode import encoder_of
 from opensloth.errors import UserError
 
 MASKED = -100

@@ -18,12 +18,12 @@ from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log
-from opensloth.data.contract import PromptContract
-from opensloth.data.messages import RowFormat
-from opensloth.data.models import ModelRef, load_tokenizer
-from opensloth.data.row_files import EncodedRows, encode
-from opensloth.data.sources import RawRow
-from opensloth.data.tokenize import DroppedRow, RowBuilder
+from opensloth.data.messages.examples import RowFormat
+from opensloth.data.models.resolve import ModelRef, load_tokenizer
+from opensloth.data.prepared.row_files import EncodedRows, encode
+from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.sources.open import RawRow
+from opensloth.data.tokens.rows import DroppedRow, RowBuilder
 from opensloth.errors import WorkerFailed
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from opensloth import log, paths
-from opensloth.data.show_html import page
-from opensloth.data.summary import Summary
-from opensloth.data.view import Bar, RowView, View, view
+from opensloth.data.prepared.summary import Summary
+from opensloth.data.show.html import page
+from opensloth.data.show.view import Bar, RowView, View, view
 from opensloth.errors import UserError
 
 BAR_WIDTH = 40

@@ -6,8 +6,8 @@ from typing import Any
 
 from opensloth import log, paths
 from opensloth.config.jobs import DataJob
-from opensloth.data.manifest import MANIFEST, Manifest, load_manifest
-from opensloth.data.prepared import Prepared, open_prepared, reshard
+from opensloth.data.prepared.directory import Prepared, open_prepared, reshard
+from opensloth.data.prepared.manifest import MANIFEST, Manifest, load_manifest
 from opensloth.errors import UserError
 
 NOT_IN_DIGEST = {"gpus", "workers"}  # another number of shards is a new plan only; workers change nothing

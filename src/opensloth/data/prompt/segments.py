@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from opensloth.data.encode import common_start
-from opensloth.data.messages import BadRow
+from opensloth.data.messages.examples import BadRow
+from opensloth.data.tokens.encode import common_start
 
 # How far back from the end of a generation prompt a mark such as `<think>\n` may begin
 _LONGEST_MARK = 64

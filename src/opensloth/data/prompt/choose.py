@@ -7,9 +7,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from opensloth.data.contract import PromptContract, Tags
-from opensloth.data.encode import encoder_of
-from opensloth.data.messages import BadRow
+from opensloth.data.messages.examples import BadRow
+from opensloth.data.prompt.contract import PromptContract, Tags
+from opensloth.data.tokens.encode import encoder_of
 from opensloth.errors import UserError, nearest
 
 __all__ = [

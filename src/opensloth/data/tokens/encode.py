@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from opensloth.data.words import WordEncoder, splits_at_blanks
+from opensloth.data.tokens.words import WordEncoder, splits_at_blanks
 from opensloth.errors import UserError
 
 # Two of Unicode's noncharacters, which no text that people exchange holds. A text that does loses nothing: a mark can

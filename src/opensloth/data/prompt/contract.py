@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opensloth.data import segments as turns
-from opensloth.data.encode import encoder_of
-from opensloth.data.messages import BadRow, Example
-from opensloth.data.segments import Segment
+from opensloth.data.messages.examples import BadRow, Example
+from opensloth.data.prompt import segments as turns
+from opensloth.data.prompt.segments import Segment
+from opensloth.data.tokens.encode import encoder_of
 from opensloth.errors import UserError
 from opensloth.paths import digest, read_json, write_json
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensloth import paths
-from opensloth.data import files
-from opensloth.data.rows import RawRow
+from opensloth.data.sources import files
+from opensloth.data.sources.rows import RawRow
 from opensloth.errors import UserError, nearest
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opensloth.data.json_values import json_values
-from opensloth.data.rows import RawRow
+from opensloth.data.sources.json_values import json_values
+from opensloth.data.sources.rows import RawRow
 from opensloth.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from opensloth import log, paths
-from opensloth.data import files, folders
-from opensloth.data.hub_errors import Unreachable, causes_of, disk_is_full, gated, hub_errors
-from opensloth.data.rows import RawRow, Source
+from opensloth.data.sources import files, folders
+from opensloth.data.sources.hub_errors import Unreachable, causes_of, disk_is_full, gated, hub_errors
+from opensloth.data.sources.rows import RawRow, Source
 from opensloth.errors import UserError, nearest
 
 TIMEOUT = 20.0  # seconds, for the first answer

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from opensloth import paths
-from opensloth.data import files, folders, sample
-from opensloth.data.rows import RawRow, Source
+from opensloth.data.sources import arithmetic as sample
+from opensloth.data.sources import files, folders
+from opensloth.data.sources.rows import RawRow, Source
 from opensloth.errors import UserError, nearest
 
 __all__ = ["RawRow", "Source", "open_source"]
@@ -44,7 +45,7 @@ def open_source(
         return source
     if is_path(spec):
         raise _missing(spec, path)
-    from opensloth.data import hub
+    from opensloth.data.sources import hub
 
     return hub.open_hub(spec, split=split, subset=subset, revision=revision, samples=samples)
 

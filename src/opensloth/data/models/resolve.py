@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log, paths
-from opensloth.data import sample_model
+from opensloth.data.models import smollm2 as sample_model
 from opensloth.errors import UserError, nearest
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opensloth.data.conversation import WRONG_ORDER, BadRow, Turn, is_blank, ordered, read_turns
-from opensloth.data.formats import SHAPES, choose_format, parse_mapping
+from opensloth.data.messages.conversation import WRONG_ORDER, BadRow, Turn, is_blank, ordered, read_turns
+from opensloth.data.messages.formats import SHAPES, choose_format, parse_mapping
 
 __all__ = ["BadRow", "Example", "RowFormat", "detect_format", "parse_mapping"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensloth.data.prepared import Prepared
+from opensloth.data.prepared.directory import Prepared
 
 
 @dataclass(frozen=True)

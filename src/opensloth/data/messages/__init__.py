@@ -1,0 +1,1 @@
+"""From a row of any known format to a conversation."""

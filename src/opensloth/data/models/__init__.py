@@ -1,0 +1,1 @@
+"""Which model is meant, and its tokenizer; weights are the business of the engines."""

@@ -1,0 +1,1 @@
+"""The directory of prepared data: written by `prepare`, read by training."""

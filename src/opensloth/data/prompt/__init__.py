@@ -1,0 +1,1 @@
+"""The prompt contract: how a conversation becomes text, in training, evaluation and serving alike."""

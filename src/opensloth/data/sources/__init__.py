@@ -1,0 +1,1 @@
+"""Where rows come from: files, folders, hub data sets, made problems. `open.open_source` finds the right one."""
