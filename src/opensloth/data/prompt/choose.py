@@ -109,7 +109,7 @@ def shipped_template(tokenizer: Any, name: str) -> str:
             f"--chat-template {name} needs the token {missing[0]}, which {model_name(tokenizer)} lacks.",
             "Choose a FILE.jinja made for this model.",
         )
-    source = files("opensloth.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    source = files("opensloth.data.prompt").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     # Models whose tokenizer puts a beginning token before every text were trained with it
     return "{{- bos_token -}}" + source if encoder_of(tokenizer).bos else source
 
