@@ -34,10 +34,12 @@ def train_sft(request: Request[TrainSftJob]) -> None:
 def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
     """Prepare the data of a job and train on it."""
     from opensloth.data.prepared.prepare import prepare
-    from opensloth.launch.run_directory import start
+    from opensloth.launch.run_directory import check_output, start
     from opensloth.launch.torchrun import leader_first
 
     world = plan_world(resolved.job)
+    if resolved.job.output is not None:  # before the data, which may take hours
+        check_output(resolved.job.output)
     job = data_job(resolved.job, world.processes)
     prepared = leader_first("data", lambda: prepare(job))
     dropped = sum(prepared.manifest.dropped.values())

@@ -1,6 +1,7 @@
 """The adapter: attached or taken over, kept in fp32, saved as plain PEFT, and hashed."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -49,11 +50,18 @@ def targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
 def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Go on training an adapter that exists. Raises UserError where it does not fit the model."""
     try:
-        return in_float32(PeftModel.from_pretrained(model, adapter, is_trainable=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft only warns where weights are missing
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            found = adapted.load_adapter(str(adapter), "default", is_trainable=True)  # tells which weights matched
+        stray = [*found.missing_keys, *(name for name in found.unexpected_keys if "lora_" in name)]
+        if stray:
+            raise ValueError(f"{len(stray)} weights are only in one of them, such as {stray[0]}")
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         hint = "It was trained on another base model: name the adapter's own base."
         raise UserError(f"The adapter {adapter} does not fit {model.config._name_or_path}: {first}", hint) from error
+    return in_float32(adapted)
 
 
 def in_float32(model: PeftModel) -> PeftModel:

@@ -77,29 +77,38 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
             f"the data was planned for {prepared.manifest.shards} processes; its rows are dealt to {world.processes}"
         )
     run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
+    if world.node_rank and not (output / RESULT).exists():
+        return Result(output, "trained", {})  # machine 0 wrote it, and the machines share no directory
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
 
 
 def open_run(output: Path, job: SftJob, record: dict[str, Any], world: World) -> dict[str, Any]:
     """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
     leads = world.node_rank == 0 and os.environ.get("RANK", "0") == "0"
+    check_output(output)
     if job.force and leads:  # who comes later would remove the run that has begun
-        remove_run(output)
+        shutil.rmtree(output, ignore_errors=True)
     check_same_job(output, record["identity"])
     if (output / RESULT).exists():
         figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
         return figures
     check_resume(job, output)
-    paths.check_writable(output)
     paths.write_json(output / JOB, record)
     return {}
 
 
-def check_same_job(output: Path, this: dict[str, Any]) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / JOB).exists():
+def check_output(output: Path) -> None:
+    """Raise UserError where `output` can be no run's directory; --force deletes no such thing either."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file.", "Name a directory.")
+    if output.is_dir() and any(output.iterdir()) and not (output / JOB).exists():
         raise UserError(f"--output {output} holds something that is no run.", "Choose another --output.")
+    paths.check_writable(output)
+
+
+def check_same_job(output: Path, this: dict[str, Any]) -> None:
+    if not (output / JOB).exists():
+        return
     other = paths.read_json(output / JOB, "a run directory").get("identity", {})
     different = [name for name in sorted({*this, *other}) if this.get(name) != other.get(name)]
     if different:
@@ -113,10 +122,3 @@ def check_resume(job: SftJob, output: Path) -> None:
     begun = output / CHECKPOINTS
     if job.resume == "never" and begun.is_dir() and any(begun.glob("checkpoint-*")):
         raise UserError(f"--resume never, but {begun} holds checkpoints.", "Add --force to start anew without them.")
-
-
-def remove_run(output: Path) -> None:
-    """Make room for a new run. Raises UserError where the directory is no run: --force deletes nothing else."""
-    if output.exists() and any(output.iterdir()) and not (output / JOB).exists():
-        raise UserError(f"--force: {output} holds something that is no run.", "Choose another --output.")
-    shutil.rmtree(output, ignore_errors=True)
