@@ -1,0 +1,154 @@
+"""From prepared data to micro-batches and their loss: however a step is divided, it adds up to the same."""
+
+import json
+
+import pytest
+import torch
+
+from opensloth.config.jobs import DataJob
+from opensloth.config.run import TrainOptions
+from opensloth.data.plan.schedule import schedule
+from opensloth.data.prepared.prepare import prepare
+from opensloth.engine import attention
+from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
+from opensloth.training.loader import Batcher, Steps, eval_packs
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from training_fixtures import write_rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("loader")
+    save_tiny_model(directory / "model")
+    rows = write_rows(directory / "rows.jsonl", 30)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[:4], "{broken", *lines[4:]]) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prepared(place):
+    job = {"input": str(place / "rows.jsonl"), "model": str(place / "model"), "workers": 1, "eval_fraction": 0.2}
+    return prepare(DataJob(**job, output=place / "data"))
+
+
+@pytest.fixture(scope="module")
+def whole_conversations(place):
+    """Rows whose every token is a target, the first one too."""
+    job = {"input": str(place / "rows.jsonl"), "model": str(place / "model"), "workers": 1, "target_only": False}
+    return prepare(DataJob(**job, output=place / "whole"))
+
+
+@pytest.fixture
+def model():
+    """In fp64, so that sums differ by rounding alone."""
+    return tiny_model(tiny_tokenizer()).double()
+
+
+def steps_of(prepared, packing=True, rank=0, processes=1, pack_tokens=160):
+    plan = schedule(prepared, TrainOptions(tokens_per_step=400), seed=1, processes=processes, packing=packing)
+    return Steps(plan, Batcher(prepared, packing, pad_id=0), pack_tokens, rank, processes)
+
+
+def loss_of(model, batches, packing):
+    model.set_attn_implementation(attention.NAME if packing else "sdpa")
+    with torch.no_grad():
+        return sum(float((pack_loss if packing else padded_loss)(model, batch)) for batch in batches)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_processes_of_a_step_have_its_rows_between_them(prepared, packing, processes):
+    ranks = [steps_of(prepared, packing, rank, processes) for rank in range(processes)]
+    assert len({len(rank) for rank in ranks}) == 1
+    for number, step in enumerate(ranks[0].plan.steps):
+        assert len({len(rank[number]["packs"]) for rank in ranks}) == 1
+        rows = [row for rank in ranks for batch in rank.rows(number) for row in batch]
+        assert sorted(rows) == sorted(step.tolist())
+
+
+def test_a_step_has_the_same_loss_however_it_is_divided(prepared, model):
+    one = steps_of(prepared)
+    for number in range(len(one)):
+        expected = loss_of(model, one[number]["packs"], packing=True)
+        assert expected > 0
+        for packing, processes, pack_tokens in ((True, 3, 130), (True, 1, 10_000), (False, 1, 300), (False, 2, 130)):
+            ranks = [steps_of(prepared, packing, rank, processes, pack_tokens) for rank in range(processes)]
+            total = sum(loss_of(model, rank[number]["packs"], packing) for rank in ranks)
+            assert total == pytest.approx(expected, rel=1e-6)
+            assert {rank[number]["targets"] for rank in ranks} == {one[number]["targets"]}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("data", ["prepared", "whole_conversations"])
+def test_the_targets_of_a_step_are_the_tokens_its_loss_is_summed_over(request, data, packing):
+    steps = steps_of(request.getfixturevalue(data), packing)
+    for number in range(len(steps)):
+        packs = steps[number]["packs"]
+        assert steps[number]["targets"] == sum(int((pack["labels"][:, 1:] != IGNORED).sum()) for pack in packs)
+
+
+def test_the_mean_over_tokens_is_transformers_own_loss_of_single_rows(prepared, model):
+    batcher = Batcher(prepared, packing=False, pad_id=0)
+    for row in range(3):
+        batch = batcher([row])
+        with torch.no_grad():
+            expected = float(model(**batch).loss)
+        assert loss_of(model, [batch], False) / int(prepared.trained[row]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_first_token_of_a_row_is_never_trained(whole_conversations, packing):
+    stored = whole_conversations.rows.row(3)
+    batch = Batcher(whole_conversations, packing, pad_id=0)([2, 3, 4])
+    if packing:
+        starts = batch["cu_seq_lens_q"][:-1].long()
+        assert batch["labels"][0, starts].tolist() == [IGNORED] * 3
+        assert batch["labels"][0, starts[1] + 1] == stored.labels[1] != IGNORED
+        assert batch["position_ids"][0, starts].tolist() == [0, 0, 0]
+    else:
+        assert batch["labels"][:, 0].tolist() == [IGNORED] * 3
+        assert batch["labels"][1, 1] == stored.labels[1] != IGNORED
+        assert batch["attention_mask"].sum(1).tolist() == whole_conversations.lengths[[2, 3, 4]].tolist()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_empty_pack_weighs_nothing_and_gives_every_gradient(prepared, model, packing):
+    """Without gradients another process would wait for this one's for ever."""
+    model.set_attn_implementation(attention.NAME if packing else "sdpa")
+    loss = (pack_loss if packing else padded_loss)(model, Batcher(prepared, packing, pad_id=0)([]))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("processes", [1, 2, 9])
+def test_held_out_rows_are_divided_among_the_processes(prepared, packing, processes):
+    batcher = Batcher(prepared, packing, pad_id=0)
+    shares = [eval_packs(prepared, batcher, 160, rank, processes) for rank in range(processes)]
+    rows = [row for share in shares for batch in share for row in batch]
+    assert sorted(rows) == prepared.is_eval.nonzero()[0].tolist()
+    assert len(rows) == 6
+
+
+def test_the_rows_of_a_step_are_named_as_os_data_show_names_them(prepared, place):
+    """By their number in the source, where a dropped row counts too."""
+    steps = steps_of(prepared)
+    named = sorted(row for number in range(len(steps)) for row in steps.row_ids(number))
+    assert len(named) == 24
+    assert 4 not in named
+    assert max(named) <= 30
+    source = (place / "rows.jsonl").read_text().splitlines()
+    tokenizer = tiny_tokenizer()
+    for row in steps.rows(0)[0]:
+        stored = prepared.rows.row(row)
+        asked = json.loads(source[stored.row_id])["messages"][0]["content"]
+        assert asked in tokenizer.decode(stored.input_ids)
+
+
+def test_the_loader_gives_whole_steps_in_order(prepared):
+    steps = steps_of(prepared)
+    assert [step["number"] for step in steps.loader(pinned=False)] == list(range(len(steps)))
+    with pytest.raises(IndexError):
+        steps[len(steps)]
