@@ -81,17 +81,19 @@ def as_a_worker():
             state._reset_state()
 
 
+def in_this_process(world, run_dir, *, max_restarts, timeout):
+    """In place of `run_workers`, for runs of one process."""
+    assert world.processes == 1
+    with as_a_worker():
+        worker.run(Path(run_dir).absolute())
+
+
 @pytest.fixture
 def call(capfd, monkeypatch):
     """`os-train sft ...` or `os-sft ...` whose worker runs in this process: exit code and all output.
 
     A worker of its own takes seconds to start; the tests of the launcher and the few real commands cover that.
     """
-
-    def in_this_process(world, run_dir, *, max_restarts, timeout):
-        assert world.processes == 1
-        with as_a_worker():
-            worker.run(Path(run_dir).absolute())
 
     monkeypatch.setattr(run_directory, "run_workers", in_this_process)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from opensloth import log
+from opensloth import log, paths
 from opensloth.launch.stop import StopRequest
 from opensloth.training.loader import Steps
 
@@ -40,9 +40,9 @@ class Metrics(TrainerCallback):
 
     def keep_until(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run logs it again."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # a killed run's last is half
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        paths.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any

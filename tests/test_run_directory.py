@@ -1,0 +1,203 @@
+"""A run directory belongs to one job: it is begun, gone on with or finished, and never mixed up with another's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opensloth.cli import program, train
+from opensloth.launch import run_directory
+from opensloth.training import checkpoint
+from opensloth.training.callbacks import Metrics
+from tiny import save_tiny_model
+from training_fixtures import call, in_this_process, sft, write_rows  # noqa: F401
+
+ADAPTER = "adapter_model.safetensors"
+JOB = ("rows.jsonl", "--model", "model", "--processes", "1", "--tokens-per-step", "200", "--max-steps", "6")
+SAVES = ("--save-steps", "2", "--save-total-limit", "3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model, rows, and the finished run `whole` with checkpoints of steps 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("runs")
+    save_tiny_model(directory / "model")
+    write_rows(directory / "rows.jsonl", 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(run_directory, "run_workers", in_this_process)
+        assert program.run(train.app, ["sft", *JOB, *SAVES, "--output", "whole"]) == 0
+    return directory
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def finished(here, tmp_path):
+    return Path(shutil.copytree(here / "whole", tmp_path / "run"))
+
+
+@pytest.fixture
+def unfinished(finished):
+    """As a run that was killed after step 6, before it saved its adapter."""
+    (finished / "result.json").unlink()
+    (finished / ADAPTER).unlink()
+    return finished
+
+
+@pytest.fixture
+def call_job(call, here):  # noqa: F811
+    return lambda output, *more: call(*JOB, *SAVES, "--output", output, *more)
+
+
+def same_adapter(run, here):
+    return (run / ADAPTER).read_bytes() == (here / "whole" / ADAPTER).read_bytes()
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished, call_job):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    code, out = call_job(finished, "--json")
+    assert code == 0, out
+    answer = next(json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert answer["status"] == "already finished"
+    assert answer["metrics"] == json.loads((finished / "result.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--lr", "1e-3"), "lr (0.0002 there, 0.001 now)"),
+        (("--lora-r", "4", "--epochs", "3"), "epochs (1.0 there, 3.0 now), lora_r (16 there, 4 now)"),
+        (("--samples", "20"), "data ("),
+        (("--model", "other"), "model ("),
+    ],
+)
+def test_another_job_in_the_directory_is_refused_and_the_settings_are_named(here, finished, call_job, change, named):
+    if not (here / "other").exists():
+        shutil.copytree(here / "model", here / "other")
+    code, out = call_job(finished, *change)
+    assert code == 2, out
+    assert f"{finished} holds another job: " in out
+    assert named in out
+    assert "--force" in out
+
+
+@pytest.mark.parametrize(
+    "change", [("--pack-tokens", "512"), ("--logging-steps", "3"), ("--save-steps", "5"), ("--timeout", "60")]
+)
+def test_settings_that_change_no_weight_may_differ(finished, call_job, change):
+    code, out = call_job(finished, *change)
+    assert (code, "already finished" in out) == (0, True), out
+
+
+def test_the_same_data_in_another_directory_is_the_same_job(here, finished, call, tmp_path):  # noqa: F811
+    data = json.loads((finished / "job.json").read_text())["data"]["directory"]
+    moved = shutil.copytree(data, tmp_path / "moved")
+    code, out = call(moved, *JOB[3:], *SAVES, "--output", finished, app=sft.app)
+    assert (code, "already finished" in out) == (0, True), out
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_half_written_newest_checkpoint_is_passed_over(unfinished, here, call_job, damage):
+    file = unfinished / "checkpoints" / "checkpoint-6" / "optimizer.pt"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        file.unlink()
+    code, out = call_job(unfinished)
+    assert code == 0, out
+    assert f"going on from {unfinished / 'checkpoints' / 'checkpoint-4'}" in out
+    assert same_adapter(unfinished, here)
+    assert len(checkpoint.complete(unfinished / "checkpoints")) == 3
+
+
+def test_a_checkpoint_that_was_being_written_is_no_checkpoint(unfinished, here, call_job):
+    """The run was killed while it wrote checkpoint 6 under its other name."""
+    staging = unfinished / "checkpoints" / checkpoint.STAGING
+    staging.mkdir()
+    (unfinished / "checkpoints" / "checkpoint-6").rename(staging / "checkpoint-6")
+    (staging / "checkpoint-6" / "trainer_state.json").unlink()
+    code, out = call_job(unfinished)
+    assert code == 0, out
+    assert "checkpoint-4" in out
+    assert same_adapter(unfinished, here)
+    assert not staging.exists()
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_only_saves(unfinished, here, call_job):
+    code, out = call_job(unfinished)
+    assert code == 0, out
+    assert same_adapter(unfinished, here)
+    kept = json.loads((here / "whole" / "result.json").read_text())
+    found = json.loads((unfinished / "result.json").read_text())
+    assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
+
+
+def test_resume_takes_the_path_of_a_checkpoint(unfinished, here, call_job):
+    older = unfinished / "checkpoints" / "checkpoint-2"
+    code, out = call_job(unfinished, "--resume", older)
+    assert code == 0, out
+    assert f"going on from {older}" in out
+    assert same_adapter(unfinished, here)
+
+
+def test_resume_never_refuses_checkpoints_and_force_removes_them(unfinished, here, call_job):
+    code, out = call_job(unfinished, "--resume", "never")
+    assert code == 2, out
+    assert "holds checkpoints" in out
+    assert (unfinished / "checkpoints" / "checkpoint-2").is_dir()
+    code, out = call_job(unfinished, "--resume", "never", "--force")
+    assert code == 0, out
+    assert "going on" not in out
+    assert same_adapter(unfinished, here)
+
+
+def test_force_replaces_another_job_and_deletes_nothing_that_is_no_run(finished, tmp_path, call_job):
+    code, out = call_job(finished, "--lora-r", "4", "--max-steps", "1", "--force")
+    assert code == 0, out
+    assert [path.name for path in checkpoint.complete(finished / "checkpoints")] == ["checkpoint-1"]
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 2
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").write_text("years of work")
+    code, out = call_job(thesis, "--force")
+    assert code == 2, out
+    assert "holds something that is no run" in out
+    assert (thesis / "chapter.tex").exists()
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "rows.jsonl/run", "/proc/run"])
+def test_an_output_that_cannot_be_written_is_known_before_the_data_is_prepared(call_job, monkeypatch, output):
+    from opensloth.data.prepared import prepare
+
+    monkeypatch.setattr(prepare, "prepare", None)
+    code, out = call_job(output)
+    assert code == 2, out
+    assert "Traceback" not in out
+
+
+def test_two_jobs_have_two_default_directories(place, here, call):  # noqa: F811
+    for more in ((), ("--lr", "1e-3"), ()):
+        code, out = call(*JOB[:-1], "1", *more)
+        assert code == 0, out
+    made = sorted(path.name for path in (here / "outputs").iterdir())
+    assert len(made) == 2
+    assert all(name.startswith("sft-model-rows-") for name in made)
+    assert "already finished" in out
+
+
+def test_metrics_of_a_killed_run_are_read_up_to_the_step_that_is_gone_on_from(tmp_path):
+    written = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*written, '{"step": 4, "lo']))
+    metrics = Metrics.__new__(Metrics)
+    metrics.path = tmp_path / "metrics.jsonl"
+    metrics.keep_until(2)
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2]
+    metrics.keep_until(0)
+    assert metrics.path.read_text() == ""
