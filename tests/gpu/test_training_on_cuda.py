@@ -1,0 +1,150 @@
+"""What only a CUDA card can show: the varlen kernel is exact between rows, and both engines train, also in 4-bit."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opensloth.engine import attention
+from tiny import tiny_tokenizer
+from training_fixtures import begin, end, write_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+LENGTHS = (1, 70, 3, 128, 40)
+JOB = ("rows.jsonl", "--model", "model", "--max-steps", 3, "--tokens-per-step", 600, "--warmup-steps", 0)
+# rounding of bfloat16, eight bits of which are kept, on values around 1
+BFLOAT16 = 0.03
+
+
+def boundaries():
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    return ends.int().cuda(), max(LENGTHS)
+
+
+def heads(seed=0):
+    """Query, key and value in bfloat16 with grouped heads: (1, heads, tokens, 64)."""
+    torch.manual_seed(seed)
+    shapes = ((8, sum(LENGTHS), 64), (2, sum(LENGTHS), 64), (2, sum(LENGTHS), 64))
+    return [torch.randn(1, *shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_kernel_equals_attention_row_by_row(window):
+    ends, longest = boundaries()
+    packed, reference = heads(), [x.detach().float().requires_grad_() for x in heads()]
+    assert attention.has_kernel(packed[0].transpose(1, 2)[0])
+    out, _ = attention.varlen(
+        None, *packed, None, scaling=0.125, sliding_window=window, cu_seq_lens_q=ends, max_length_q=longest
+    )
+    rows = (x.transpose(1, 2)[0] for x in reference)
+    expected = attention.row_by_row(*rows, ends, 0.125, window)[None]
+    assert out.shape == expected.shape
+    assert float((out.float() - expected).abs().max()) < BFLOAT16
+    weight = torch.randn_like(expected)
+    (out.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for got, wanted in zip(packed, reference, strict=True):
+        error = (got.grad.float() - wanted.grad).abs().max() / wanted.grad.abs().max()
+        assert float(error) < BFLOAT16
+
+
+def test_no_bit_of_a_row_depends_on_its_neighbours():
+    ends, longest = boundaries()
+    outs = []
+    for seed in (1, 2):
+        q, k, v = (x.detach() for x in heads(seed))
+        fixed = [x.detach() for x in heads(0)]
+        for changed, kept in zip((q, k, v), fixed, strict=True):
+            changed[:, :, ends[3] : ends[4]] = kept[:, :, ends[3] : ends[4]]  # the fourth row alone is the same
+        out, _ = attention.varlen(None, q, k, v, None, cu_seq_lens_q=ends, max_length_q=longest)
+        outs.append(out[0])
+    fourth = slice(int(ends[3]), int(ends[4]))
+    assert torch.equal(outs[0][fourth], outs[1][fourth])
+    assert not torch.equal(outs[0][: ends[3]], outs[1][: ends[3]])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A two-layer llama whose heads are large enough for unsloth's kernels, and rows of uneven length."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("cuda")
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_rows(directory / "rows.jsonl")
+    return directory
+
+
+def train(place, output, *more):
+    """Run the command on the first visible card. Returns its losses."""
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    code, out = end(begin(place, *JOB, *more, "--output", output, CUDA_VISIBLE_DEVICES=mask))
+    assert code == 0, out
+    print(out)
+    lines = (place / output / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def native(place):
+    return train(place, "native", "--gpus", 1, "--engine", "native")
+
+
+def check_adapter(run):
+    weights = load_file(run / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(bool(tensor.any()) for tensor in weights.values())
+
+
+def test_native_trains_in_bfloat16_on_packs(place, native):
+    assert len(native) == 3
+    assert native[0] > native[-1]
+    check_adapter(place / "native")
+    assert "cuda" in json.loads((place / "native" / "job.json").read_text())["world"]["devices"][0]
+
+
+@pytest.mark.parametrize("engine", ["native", "unsloth"])
+def test_four_bit_trains(place, native, engine):
+    if engine == "unsloth" and importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    losses = train(place, f"{engine}-4bit", "--gpus", 1, "--engine", engine, "--load-in-4bit")
+    assert losses == pytest.approx(native, abs=0.1)
+    check_adapter(place / f"{engine}-4bit")
+
+
+def test_unsloth_trains_as_native_does(place, native):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    losses = train(place, "unsloth", "--gpus", 1, "--engine", "unsloth")
+    assert losses == pytest.approx(native, abs=BFLOAT16)
+    check_adapter(place / "unsloth")
+
+
+def test_two_processes_that_share_a_card_train_as_one_does(place):
+    one = train(place, "one", "--gpus", 1, "--dtype", "float32")
+    two = train(place, "two", "--gpus", "0,0", "--dtype", "float32")
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_checkpointing_changes_no_loss(place, native):
+    assert train(place, "saving", "--gpus", 1, "--gradient-checkpointing", "full") == pytest.approx(native, abs=1e-2)
