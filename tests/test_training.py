@@ -303,6 +303,7 @@ def test_a_model_that_holds_a_nan_is_noticed_at_the_first_step(here, call, tmp_p
         ("--use-rslora", "--lora-r", 4, "--lora-targets", "q_proj,down_proj"),
         ("--optim", "adamw_8bit"),
         ("--gradient-checkpointing", "full"),
+        ("--gradient-checkpointing", "selective"),
         ("--no-packing", "--lr-scheduler", "cosine"),
     ],
     ids=str,
