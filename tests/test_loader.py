@@ -135,7 +135,7 @@ def test_held_out_rows_are_divided_among_the_processes(prepared, packing, proces
 def test_the_rows_of_a_step_are_named_as_os_data_show_names_them(prepared, place):
     """By their number in the source, where a dropped row counts too."""
     steps = steps_of(prepared)
-    named = sorted(row for number in range(len(steps)) for row in steps.row_ids(number))
+    named = sorted(row_id for step in steps.plan.steps for row_id in steps.row_ids(step.tolist()))
     assert len(named) == 24
     assert 4 not in named
     assert max(named) <= 30

@@ -139,6 +139,19 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_only_saves(unfinished, 
     assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
 
 
+def test_full_finetuning_is_resumed_exactly_too(here, call, tmp_path):  # noqa: F811
+    job = (*JOB, *SAVES, "--full-finetuning", "--output", tmp_path / "run")
+    assert call(*job)[0] == 0
+    weights = tmp_path / "run" / "model.safetensors"
+    whole = weights.read_bytes()
+    for path in (weights, tmp_path / "run" / "result.json"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    code, out = call(*job)
+    assert (code, "checkpoint-4" in out) == (0, True), out
+    assert weights.read_bytes() == whole
+
+
 def test_resume_takes_the_path_of_a_checkpoint(unfinished, here, call_job):
     older = unfinished / "checkpoints" / "checkpoint-2"
     code, out = call_job(unfinished, "--resume", older)

@@ -1,6 +1,8 @@
 """Training end to end on a tiny model: the real command where processes matter, else its worker in this process."""
 
 import json
+import re
+import shutil
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
@@ -252,6 +255,17 @@ def test_two_processes_train_as_one_does(commands, run, place):
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
 
 
+def test_a_run_of_two_processes_is_gone_on_with_by_one(commands, here, call, run, tmp_path):  # noqa: F811
+    assert commands["two"][0] == 0
+    moved = Path(shutil.copytree(here / "two", tmp_path / "moved"))
+    for name in ("result.json", "adapter_model.safetensors", f"checkpoints/checkpoint-{STEPS}/trainer_state.json"):
+        (moved / name).unlink()
+    code, out = call(*JOB, "--processes", 1, "--output", moved)
+    assert code == 0, out
+    assert "checkpoint-30" in out
+    assert largest_difference(run, moved) <= SAME
+
+
 def test_two_processes_train_as_one_does_on_padded_batches_of_rows(here, call):  # noqa: F811
     job = ("rows.jsonl", "--model", "model", "--dtype", "float32", "--no-packing", "--eval-fraction", 0.15)
     job += ("--max-steps", 12)
@@ -279,6 +293,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(here, ca
     assert "lower --lr" in error
     assert [path.name for path in (here / name / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (here / name / "result.json").exists()
+
+
+def test_the_rows_of_the_faulty_micro_batch_alone_are_named(here, call, tmp_path):  # noqa: F811
+    """One word of row 5 alone has an embedding that is no number."""
+    broken = save_tiny_model(tmp_path / "broken")
+    tokenizer = AutoTokenizer.from_pretrained(broken)
+    config = AutoConfig.from_pretrained(broken, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_input_embeddings().weight.data[tokenizer("~").input_ids[0]] = float("nan")
+    model.save_pretrained(broken)
+    lines = (here / "rows.jsonl").read_text().splitlines()
+    lines[5] = lines[5].replace("It is", "~")
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    job = (tmp_path / "rows.jsonl", *SMALL[1:], "--model", broken, "--max-steps", 40, "--logging-steps", 7)
+    code, out = call(*job, "--pack-tokens", 130, "--save-steps", 50, "--output", tmp_path / "run")
+    assert code == 3, out
+    named = re.search(r"The loss is nan at step (\d+), rows ([\d, ]+)\.", out)
+    assert named, out
+    assert "5" in named[2].split(", ")
+    assert len(named[2].split(", ")) <= 4
 
 
 def test_a_model_that_holds_a_nan_is_noticed_at_the_first_step(here, call, tmp_path):  # noqa: F811
@@ -332,8 +366,6 @@ def test_small_steps_change_an_adapter_of_a_bfloat16_model(here, call, tmp_path)
 
 
 def test_full_finetuning_leaves_a_model_directory(here, call, tmp_path):  # noqa: F811
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     code, out = call(*SMALL, "--full-finetuning", "--eval-fraction", 0.1, "--dtype", "float32", "--output", tmp_path)
     assert code == 0, out
     trained = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
@@ -393,8 +425,6 @@ def test_what_cannot_be_trained_is_one_line_and_exit_code_2(here, call, run, tmp
 
 def test_an_adapter_of_another_model_is_refused(here, call, run, tmp_path):  # noqa: F811
     """Its base has the same tokenizer, but other layers: wider ones, or one more."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     for name, change in (("wider", {"hidden_size": 48}), ("deeper", {"num_hidden_layers": 3})):
         adapter, base = tmp_path / f"adapter-{name}", save_tiny_model(tmp_path / name)
         config = AutoConfig.from_pretrained(base)
@@ -411,8 +441,6 @@ def test_an_adapter_of_another_model_is_refused(here, call, run, tmp_path):  # n
 
 
 def test_prepared_data_that_is_damaged_is_refused_before_a_worker_starts(here, call, run, tmp_path):  # noqa: F811
-    import shutil
-
     damaged = Path(shutil.copytree(record(run, "job.json")["data"]["directory"], tmp_path / "data"))
     rows = next((damaged / "rows").glob("*.arrow"))
     rows.write_bytes(rows.read_bytes()[:-100])

@@ -35,7 +35,7 @@ def write_rows(path, count=48):
 def environment(**more):
     """Of a command with one thread a process, a secret, and no place among the processes of another launcher."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_TOKEN": SECRET, **more}
+    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_TOKEN": SECRET, "CI": "", **more}
 
 
 def begin(directory, *arguments, **more):

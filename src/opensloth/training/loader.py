@@ -113,10 +113,9 @@ class Steps(Dataset[Step]):
                     total += len(rows) * int(lengths[rows].max())
         return total
 
-    def row_ids(self, number: int) -> list[int]:
-        """The same rows, by their number in the source."""
-        stored = self.batcher.prepared.rows
-        return [stored.row(row).row_id for rows in self.rows(number) for row in rows]
+    def row_ids(self, rows: list[int]) -> list[int]:
+        """The numbers of stored rows in the source, as `os-data show` names them."""
+        return [self.batcher.prepared.rows.row(row).row_id for row in rows]
 
     def __getitem__(self, number: int) -> Step:
         if number >= len(self):

@@ -55,7 +55,7 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run = run
             self.writing = False
-            self.since_log: list[tuple[int, torch.Tensor]] = []
+            self.since_log: list[tuple[int, int, torch.Tensor]] = []  # step, micro-batch, loss
             self.best_loss = best_loss(run.directory)
             weights = {n: p.detach().clone() for n, p in arguments["model"].named_parameters() if p.requires_grad}
             super().__init__(**arguments)
@@ -79,8 +79,8 @@ def trainer_class() -> type[Any]:
                 with sync:
                     loss = self.compute_loss(model, self._prepare_inputs(pack)) * scale
                     self.accelerator.backward(loss)
+                self.since_log.append((inputs["number"], number, loss.detach()))
                 total += loss.detach()
-            self.since_log.append((inputs["number"], total))
             return total
 
         def compute_loss(
@@ -122,28 +122,27 @@ def trainer_class() -> type[Any]:
             Trainer.log(self, logs, start_time)
 
         def check_finite(self, logs: dict[str, float] | None = None) -> None:
-            """Stop at the first loss since the last check that is not a number. Raises WorkerFailed with step and rows.
+            """Stop at the first micro-batch since the last check whose loss is not a number.
 
-            Every process looks at its own losses, so the one whose rows are at fault names them.
+            All processes check at once: what they log is their mean, and before they save there is nothing logged.
+            Raises WorkerFailed with the step and the rows.
             """
             if logs is not None and "loss" not in logs:
                 return
             losses, self.since_log = self.since_log, []
-            for number, loss in losses:
-                if not torch.isfinite(loss):
-                    ids = self.run.steps.row_ids(number)
-                    shown = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
-                    raise WorkerFailed(
-                        f"The loss is {float(loss)} at step {number + 1}, rows {shown}.",
-                        "Look at them with os-data show, or lower --lr. The last checkpoint is kept.",
-                    )
-            if logs is not None and not all(map(finite, (logs["loss"], logs.get("grad_norm", 0.0)))):
-                step = self.state.global_step
-                if self.args.fp16 and finite(logs["loss"]):
-                    return  # the scaler skips steps whose gradients overflow
+            norm = logs.get("grad_norm", 0.0) if logs else 0.0
+            if logs is not None and finite(logs["loss"]) and finite(norm):
+                return
+            fault = first_fault(self.run.steps, losses)
+            if fault is not None:
                 raise WorkerFailed(
-                    f"Loss {logs['loss']}, gradient norm {logs.get('grad_norm')} at step {step}.",
-                    "The rows at fault are named in the log of their process. Lower --lr, or look at the data.",
+                    f"The loss is {fault.loss} at step {fault.step}, rows {some(fault.row_ids)}.",
+                    "Look at them with os-data show, or lower --lr. The last checkpoint is kept.",
+                )
+            if logs is not None and not (self.args.fp16 and finite(logs["loss"])):  # the scaler skips such a step
+                raise WorkerFailed(
+                    f"The gradient norm is {norm} at step {self.state.global_step}, with a loss of {logs['loss']:.4g}.",
+                    "Lower --lr or --max-grad-norm. The last checkpoint is kept.",
                 )
 
         def _get_output_dir(self, trial: Any) -> str:
@@ -179,8 +178,36 @@ def trainer_class() -> type[Any]:
     return PackTrainer
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A micro-batch whose loss is not a number."""
+
+    step: int
+    loss: float
+    row_ids: list[int]
+
+
+def first_fault(steps: Steps, losses: list[tuple[int, int, torch.Tensor]]) -> Fault | None:
+    """The first faulty micro-batch of all processes, told to all of them; None where every loss is a number."""
+    values = torch.stack([loss for _, _, loss in losses]).tolist() if losses else []
+    mine = None
+    for (number, micro, _), loss in zip(losses, values, strict=True):
+        if not finite(loss):
+            mine = Fault(number + 1, loss, steps.row_ids(steps.rows(number)[micro]))
+            break
+    found: list[Fault | None] = [mine]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    return min((fault for fault in found if fault is not None), key=lambda fault: fault.step, default=None)
+
+
 def finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
+
+
+def some(row_ids: list[int], shown: int = 20) -> str:
+    return ", ".join(map(str, row_ids[:shown])) + (", ..." if len(row_ids) > shown else "")
 
 
 def best_loss(run_dir: Path) -> float:
