@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
-from opensloth.training.callbacks import Metrics
+from opensloth.errors import WorkerFailed
+from opensloth.training.callbacks import Metrics, check_equal
 from opensloth.training.loader import Batcher
 from tiny import save_tiny_model
 from training_fixtures import SECRET, begin, call, end, environment, sft, wait_for, write_rows  # noqa: F401
@@ -79,7 +81,7 @@ def commands(place, hub):
     outcomes["stopped at"] = metrics(place / "cut")[-1]["step"]
     again = begin(place, *JOB, "--processes", 1, "--output", "cut")
     outcomes["resumed"] = end(again)
-    outcomes["two"] = end(begin(place, *JOB, "--processes", 2, "--output", "two"))
+    outcomes["two"] = end(begin(place, *JOB, "--processes", 2, "--check-every", 7, "--output", "two"))
     return outcomes
 
 
@@ -156,8 +158,6 @@ def test_the_eval_loss_is_taken_every_n_steps_and_once_at_the_end(run):
 
 
 def test_tensorboard_shows_the_run(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     assert {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second")} <= tags
@@ -214,6 +214,8 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_one_that_was_never_stopped(co
     name = "adapter_model.safetensors"
     assert (place / "cut" / name).read_bytes() == (run / name).read_bytes()
     assert (place / "cut" / "best" / name).read_bytes() == (run / "best" / name).read_bytes()
+    events = EventAccumulator(str(place / "cut" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     logged = [[(entry["step"], entry["loss"]) for entry in metrics(place / at, "loss")] for at in ("cut", "whole")]
     assert logged[0] == logged[1]
 
@@ -253,6 +255,12 @@ def test_two_processes_train_as_one_does(commands, run, place):
     assert sorted(path.name for path in (place / "two" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     for checkpoint in (place / "two" / "checkpoints").iterdir():
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+
+
+def test_processes_whose_adapters_differ_end_the_run():
+    check_equal(["a", "a", "a"], step=7)
+    with pytest.raises(WorkerFailed, match="After step 7 the adapter of process 0 is not that of process 2"):
+        check_equal(["a", "a", "b"], step=7)
 
 
 def test_a_run_of_two_processes_is_gone_on_with_by_one(commands, here, call, run, tmp_path):  # noqa: F811
@@ -391,6 +399,8 @@ def test_a_model_with_capped_logits_is_trained_on_padded_rows_and_says_why(here,
     code, out = call(*SMALL, "--model", model, "--output", tmp_path / "run")
     assert code == 0, out
     assert "rows are padded, not packed, with eager attention: it caps attention logits" in out
+    code, out = call(*SMALL, "--model", model, "--no-packing", "--output", tmp_path / "padded")
+    assert (code, "this model needs eager attention: it caps attention logits" in out) == (0, True), out
 
 
 def test_fused_linears_are_trained_where_a_model_has_them(here, call, tmp_path):  # noqa: F811
@@ -408,6 +418,7 @@ def test_fused_linears_are_trained_where_a_model_has_them(here, call, tmp_path):
     ("wrong", "said"),
     [
         (("--engine", "unsloth"), "--engine unsloth needs a CUDA card."),
+        (("--dtype", "float16"), "--dtype float16 needs a CUDA card."),
         (("--lora-targets", "q_proj,w_proj"), "The model has no layer w_proj (--lora-targets)."),
         (("--full-finetuning", "--model", "{run}"), "--full-finetuning cannot start from the adapter"),
         (("--resume", "nowhere"), "--resume nowhere is not a complete checkpoint."),

@@ -34,7 +34,12 @@ def engine(options: TrainOptions, device: torch.device) -> Choice:
 
 
 def dtype(options: TrainOptions, device: torch.device) -> Choice:
-    """bfloat16 where the hardware computes in it, else float16 (with a loss scaler) on a card and float32 on a CPU."""
+    """bfloat16 where the hardware computes in it, else float16 (with a loss scaler) on a card and float32 on a CPU.
+
+    Raises UserError for float16 on a CPU, which has no loss scaler.
+    """
+    if options.dtype == "float16" and device.type != "cuda":
+        raise UserError("--dtype float16 needs a CUDA card.", "Use bfloat16 or float32 (or auto) on this machine.")
     if options.dtype != "auto":
         return Choice(options.dtype, "as asked")
     if device.type == "cuda":

@@ -25,10 +25,11 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     dtype: torch.dtype = getattr(torch, chosen.value)
     notes = [f"computing in {chosen.value}: {chosen.why}"]
     model = load_base(job, ref, weights_dtype(job, dtype), device)
-    refusal = attention.why_not(model.config) if packing else ""
+    refusal = attention.why_not(model.config)
     packs = packing and not refusal
-    if refusal:
-        notes.append(f"rows are padded, not packed, with eager attention: {refusal}")
+    if refusal:  # sdpa would leave a cap out, without a word
+        padded = "rows are padded, not packed, with" if packing else "this model needs"
+        notes.append(f"{padded} eager attention: {refusal}")
         model.set_attn_implementation("eager")
     elif packs:
         model.set_attn_implementation(attention.NAME)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log, paths
+from opensloth.engine.lora import weights_hash
+from opensloth.errors import WorkerFailed
 from opensloth.launch.stop import StopRequest
 from opensloth.training.loader import Steps
 
@@ -108,6 +110,29 @@ class StopOnSignal(TrainerCallback):
         if stop and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class SameAdapter(TrainerCallback):
+    """Every `every` steps all processes compare their adapters, which must be equal to the bit."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            hashes = [""] * dist.get_world_size()
+            dist.all_gather_object(hashes, weights_hash(model))
+            check_equal(hashes, state.global_step)
+
+
+def check_equal(hashes: list[str], step: int) -> None:
+    """Raise WorkerFailed, naming the processes, where their weights differ after `step`."""
+    strays = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    if strays:
+        raise WorkerFailed(
+            f"After step {step} the adapter of process 0 is not that of process {', '.join(strays)}.",
+            "A card or a connection is faulty. Checkpoints up to the comparison before (--check-every) are sound.",
+        )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from opensloth.engine import Engine, load
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped
 from opensloth.training import checkpoint, plan, sft
-from opensloth.training.callbacks import Metrics, StopOnSignal
+from opensloth.training.callbacks import Metrics, SameAdapter, StopOnSignal
 from opensloth.training.loader import Batcher, Steps, eval_packs
 from opensloth.training.trl_args import sft_args
 
@@ -61,6 +61,8 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, place: Place) -
     stop = StopOnSignal()
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     trainer.add_callback(stop)
+    if dist.is_initialized() and job.check_every and not job.full_finetuning:
+        trainer.add_callback(SameAdapter(job.check_every))
     resume = checkpoint_to_resume(job, run_dir)
     if resume and place.leads:
         log.say(f"going on from {resume}")
