@@ -118,7 +118,7 @@ def check_adapter(run):
 
 def test_native_trains_in_bfloat16_on_packs(place, native):
     assert len(native) == 3
-    assert native == pytest.approx([math.log(VOCABULARY)] * 3, abs=0.3)  # what random weights lose
+    assert native == pytest.approx([math.log(VOCABULARY)] * 3, abs=0.5)  # what random weights lose
     check_adapter(place / "native")
     assert "cuda" in json.loads((place / "native" / "job.json").read_text())["world"]["devices"][0]
 
