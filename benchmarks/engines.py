@@ -1,9 +1,11 @@
 """Both engines on real data: train with each, in bf16 and 4-bit, and read every adapter with PEFT and with unsloth.
 
-usage: python benchmarks/engines.py DATA --model M [--steps 60] [--rows 50] [--output FILE.json]
+usage: python benchmarks/engines.py DATA --model M [--steps 60] [--rows 50] [--together] [--output FILE.json]
 
-Needs a CUDA card. An adapter is good when PEFT and unsloth agree on it: share of equal argmax tokens, teacher-forced
-on the answers of `--rows` rows, and the mean absolute difference of their log-probabilities.
+An adapter is good when both libraries read the same model from it. Teacher-forced on the answers of `--rows` rows, each
+computes the argmax token and the log-probability of every answer token, in float32 (what the adapter holds) and in
+bfloat16 (which rounds differently in each library). `--together` trains side by side, to save time on a card: the
+speeds are then not those of one run alone, and the file says so. Needs a CUDA card for unsloth.
 """
 
 import argparse
@@ -12,6 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ import numpy as np
 import machine
 
 MAX_LENGTH = 1024
+DTYPES = ("float32", "bfloat16")
+Scores = dict[str, np.ndarray[Any, Any]]
 
 
 def main() -> None:
@@ -28,25 +35,25 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=50)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--work", type=Path, help="keep the runs here")
     parser.add_argument("--engines", default="native,unsloth")
+    parser.add_argument("--readers", default="peft,unsloth")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        work = arguments.work or Path(folder)
-        rows = []
-        for engine in arguments.engines.split(","):
-            for bits in (16, 4):
-                row = measure(arguments, work, engine, bits)
-                print(json.dumps(row), flush=True)
-                rows.append(row)
-    report = machine.describe() | {"rows": rows}
-    output = arguments.output or Path(f"benchmarks/results/engines-{short_card()}.json")
+    kinds = [(engine, bits) for engine in arguments.engines.split(",") for bits in (16, 4)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(kinds) if arguments.together else 1) as pool:
+        rows = list(pool.map(lambda kind: train(arguments, Path(folder), *kind), kinds))
+        compare(arguments, Path(folder), [row for row in rows if "failed" not in row])
+    report = machine.describe() | {"trained_side_by_side": arguments.together, "rows": rows}
+    card = "h100" if "H100" in machine.card() else "h200" if "H200" in machine.card() else "cpu"
+    output = arguments.output or Path(f"benchmarks/results/engines-{card}.json")
     output.write_text(json.dumps(report, indent=2) + "\n")
+    for row in rows:
+        print(json.dumps(row))
 
 
-def measure(arguments: argparse.Namespace, work: Path, engine: str, bits: int) -> dict[str, Any]:
-    """Train one adapter through the command and compare its two readers."""
+def train(arguments: argparse.Namespace, work: Path, engine: str, bits: int) -> dict[str, Any]:
+    """Train one adapter through the command, as a user would."""
     run = work / f"{engine}-{bits}bit"
     command = [
         *(sys.executable, "-m", "opensloth.cli.train", "sft", arguments.data, "--model", arguments.model),
@@ -54,48 +61,71 @@ def measure(arguments: argparse.Namespace, work: Path, engine: str, bits: int) -
         *("--max-seq-length", str(MAX_LENGTH), "--eval-fraction", "0.05"),
         *(["--load-in-4bit"] if bits == 4 else []),
     ]
+    began = time.monotonic()
     trained = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = {"engine": engine, "bits": bits, "seconds": round(time.monotonic() - began, 1)}
     if trained.returncode:
-        return {"engine": engine, "bits": bits, "failed": f"exit code {trained.returncode}"}
+        return row | {"failed": f"exit code {trained.returncode}"}
     figures = json.loads(trained.stdout.splitlines()[-1])["metrics"]
-    speeds = [json.loads(line).get("tokens_per_second") for line in (run / "metrics.jsonl").read_text().splitlines()]
-    answers = {reader: read_back(reader, run, bits, arguments.rows) for reader in ("peft", "unsloth")}
-    same = answers["peft"]["argmax"] == answers["unsloth"]["argmax"]
-    difference = np.abs(answers["peft"]["logprob"] - answers["unsloth"]["logprob"])
-    return {
-        "engine": engine,
-        "bits": bits,
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [entry["tokens_per_second"] for entry in logged if "tokens_per_second" in entry]
+    return row | {
+        "run": run.name,
         "steps": figures["steps"],
         "loss": figures["loss"],
         "eval_loss": figures["eval_loss"],
-        "tokens_per_second": float(np.median([speed for speed in speeds if speed][5:])),
-        "argmax_equal": float(same.mean()),
-        "mean_logprob_difference": float(difference.mean()),
-        "tokens_compared": int(same.size),
+        "tokens_per_second": float(np.median(speeds[5:] or speeds)),
     }
 
 
-def read_back(reader: str, run: Path, bits: int, rows: int) -> dict[str, np.ndarray[Any, Any]]:
+def compare(arguments: argparse.Namespace, work: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row how far its readers agree. All adapters are read at once: nothing here is timed."""
+    readers = arguments.readers.split(",")
+    jobs = [(reader, dtype, row) for row in rows for dtype in DTYPES for reader in readers]
+    with ThreadPoolExecutor(len(jobs) or 1) as pool:
+        found = list(pool.map(lambda job: read(job[0], work / job[2]["run"], job[2]["bits"], job[1], arguments), jobs))
+    scores = {(reader, dtype, row["run"]): score for (reader, dtype, row), score in zip(jobs, found, strict=True)}
+    for row in rows:
+        for dtype in DTYPES:
+            first, *others = (scores[reader, dtype, row["run"]] for reader in readers)
+            for other in others:
+                row[dtype] = agreement(first, other) if first and other else {"failed": "see the output"}
+
+
+def agreement(first: Scores, other: Scores) -> dict[str, Any]:
+    difference = first["logprob"] - other["logprob"]
+    return {
+        "argmax_equal": float((first["argmax"] == other["argmax"]).mean()),
+        "mean_absolute_logprob_difference": float(np.abs(difference).mean()),
+        "mean_logprob_difference": float(difference.mean()),
+        "tokens": int(difference.size),
+    }
+
+
+def read(reader: str, run: Path, bits: int, dtype: str, arguments: argparse.Namespace) -> Scores | None:
     """Score the answers in a process of its own: unsloth changes the libraries that it is imported with."""
-    target = run / f"{reader}.npz"
-    command = [sys.executable, __file__, "--score", reader, str(run), str(bits), str(rows), str(target)]
+    target = run / f"{reader}-{dtype}.npz"
+    command = [
+        sys.executable,
+        __file__,
+        "--score",
+        reader,
+        str(run),
+        str(bits),
+        dtype,
+        str(arguments.rows),
+        str(target),
+    ]
     # unsloth would compile its layers anew for the length of every row
-    subprocess.run(command, check=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})
+    if subprocess.run(command, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"}).returncode:
+        return None
     with np.load(target) as scores:
         return {name: scores[name] for name in scores.files}
 
 
-def score(reader: str, run: Path, bits: int, rows: int, target: Path) -> None:
+def score(reader: str, run: Path, bits: int, dtype: str, rows: int, target: Path) -> None:
     """Write argmax tokens and log-probabilities of the trained tokens of the first `rows` rows."""
-    if reader == "unsloth":
-        from unsloth import FastLanguageModel
-
-        os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
-        model, _ = FastLanguageModel.from_pretrained(
-            str(run), max_seq_length=MAX_LENGTH, load_in_4bit=bits == 4, use_exact_model_name=True
-        )
-    else:
-        model = load_with_peft(run, bits)
+    model = load_with_unsloth(run, bits, dtype) if reader == "unsloth" else load_with_peft(run, bits, dtype)
     import torch
 
     from opensloth.data.prepared.directory import open_prepared
@@ -104,7 +134,7 @@ def score(reader: str, run: Path, bits: int, rows: int, target: Path) -> None:
     model.eval()
     argmax, logprob = [], []
     with torch.no_grad():
-        for index in range(rows):
+        for index in range(min(rows, len(prepared.rows))):
             row = prepared.rows.row(index)
             ids = torch.tensor(row.input_ids, dtype=torch.long, device=model.device)[None]
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1].float()
@@ -115,29 +145,38 @@ def score(reader: str, run: Path, bits: int, rows: int, target: Path) -> None:
     np.savez(target, argmax=np.concatenate(argmax), logprob=np.concatenate(logprob))
 
 
-def load_with_peft(run: Path, bits: int) -> Any:
+def load_with_unsloth(run: Path, bits: int, dtype: str) -> Any:
+    from unsloth import FastLanguageModel  # before torch and transformers, which it changes
+
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
+    import torch
+
+    options = {"max_seq_length": MAX_LENGTH, "load_in_4bit": bits == 4, "use_exact_model_name": True}
+    model, _ = FastLanguageModel.from_pretrained(str(run), dtype=getattr(torch, dtype), **options)
+    return model
+
+
+def load_with_peft(run: Path, bits: int, dtype: str) -> Any:
     """As anyone would who has never heard of this project."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import BitsAndBytesConfig
 
+    compute = getattr(torch, dtype)
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
     )
     extra = {"quantization_config": quantized} if bits == 4 else {}
-    return AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16, device_map={"": 0}, **extra)
-
-
-def short_card() -> str:
-    return "h100" if "H100" in machine.card() else "h200" if "H200" in machine.card() else "card"
+    device = 0 if torch.cuda.is_available() else "cpu"
+    return AutoPeftModelForCausalLM.from_pretrained(run, dtype=compute, device_map={"": device}, **extra)
 
 
 if __name__ == "__main__":
     if "--score" in sys.argv:
-        reader, run, bits, rows, target = sys.argv[sys.argv.index("--score") + 1 :]
-        score(reader, Path(run), int(bits), int(rows), Path(target))
+        reader, run, bits, dtype, rows, target = sys.argv[sys.argv.index("--score") + 1 :]
+        score(reader, Path(run), int(bits), dtype, int(rows), Path(target))
     else:
         main()

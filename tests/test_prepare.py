@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
@@ -427,3 +429,14 @@ def test_reshard_of_a_hundred_thousand_rows_takes_under_a_second(tmp_path, copy)
     table = module.plan_for(lengths, lengths, {**options, "gpus": 8})
     module.write_plan(copy, table, "digest", 8)
     assert time.process_time() - start < 1
+
+
+def test_runs_that_start_together_make_the_data_once(tmp_path, model):
+    """Two seeds of one job, started at once, name the same default directory."""
+    write_rows(tmp_path / "rows.jsonl", [conversation(number) for number in range(30)])
+    command = [sys.executable, "-m", "opensloth.cli.data", "rows.jsonl", "--model", str(model)]
+    started = [subprocess.Popen(command, cwd=tmp_path, stdout=-3, stderr=-3) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    made = [path for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")]
+    assert len(made) == 1
+    open_prepared(made[0])

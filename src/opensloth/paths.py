@@ -73,6 +73,16 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Let one process at a time make `target`; the others wait and find it made. A killed process holds nothing."""
+    from filelock import FileLock
+
+    check_writable(target)
+    with FileLock(target.absolute().parent / f".{target.name}.lock"):
+        yield
+
+
 def check_writable(directory: Path) -> None:
     """Create the parents of `directory` and prove, before long work, that a file can be made there."""
     existing = directory if directory.is_dir() else directory.parent

@@ -64,12 +64,13 @@ def prepare(job: DataJob) -> Prepared:
         overlong=job.overlong,
     )
     inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
-    if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
-        return ready
-    log.say(f"Rows are read as {row_format.name}; {template_in_words(contract, model)}.")
-    with paths.new_directory(output) as directory:
-        write(directory, job, source, recipe, tokenizer, inputs)
-    return open_prepared(output)
+    with paths.one_at_a_time(output):  # several runs may start on the same data at once
+        if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
+            return ready
+        log.say(f"Rows are read as {row_format.name}; {template_in_words(contract, model)}.")
+        with paths.new_directory(output) as directory:
+            write(directory, job, source, recipe, tokenizer, inputs)
+        return open_prepared(output)
 
 
 def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> dict[str, Any]:
