@@ -5,6 +5,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth", "bitsandbytes", "liger-kernel")
@@ -14,11 +15,16 @@ def describe() -> dict[str, Any]:
     """Machine, versions of the libraries, the command line and the time (UTC) of this run."""
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"device": card(), "cpus": os.cpu_count(), "system": platform.platform(terse=True)},
+        "machine": {"device": card(), "cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {"python": platform.python_version()}
         | {name: found for name in PACKAGES if (found := installed(name))},
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(without_folders, sys.argv)]),
     }
+
+
+def without_folders(word: str) -> str:
+    """Where a file lay on the machine says nothing to a reader."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def card() -> str:

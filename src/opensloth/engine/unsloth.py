@@ -43,7 +43,7 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
             r=job.lora_r,
             lora_alpha=job.lora_alpha,
             lora_dropout=job.lora_dropout,
-            target_modules=list(job.lora_targets),
+            target_modules=lora.targets(model, job.lora_targets),
             use_rslora=job.use_rslora,
             use_gradient_checkpointing="unsloth" if job.gradient_checkpointing in ("full", "selective") else False,
             random_state=seed,
@@ -77,10 +77,11 @@ def loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 def packs_exactly(model: torch.nn.Module) -> bool:
     """Whether the second row of a pack has the same loss whatever row lies before it, to the bit."""
     device = next(model.parameters()).device
-    second = torch.arange(200, 224, device=device)
+    vocabulary = int(model.config.vocab_size)
+    second = torch.arange(24, device=device) % vocabulary
     losses = []
-    for start in (300, 900):
-        first = torch.arange(start, start + 16, device=device)
+    for start in (30, 300):
+        first = (start + torch.arange(16, device=device)) % vocabulary
         labels = torch.cat([torch.full_like(first, IGNORED), second])
         labels[len(first)] = IGNORED
         boundaries = torch.tensor([0, len(first), len(first) + len(second)], dtype=torch.int32, device=device)
