@@ -57,8 +57,12 @@ def prepare(request: Request[DataJob]) -> None:
 
         plan_data(request)
         return
+    from opensloth.data.models.smollm2 import is_converted
+    from opensloth.data.prepared.build import hide_torch
     from opensloth.data.prepared.prepare import prepare
 
+    if not request.job.trust_remote_code and (request.job.model != "sample:smollm2" or is_converted()):
+        hide_torch()
     report(prepare(request.job), request.as_json)
 
 

@@ -124,9 +124,9 @@ def local_model(spec: str, revision: str | None) -> Any:
     """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
     from opensloth import paths
     from opensloth.data.models.resolve import resolve_model
-    from opensloth.data.models.smollm2 import DIRECTORY
+    from opensloth.data.models.smollm2 import is_converted
 
-    if spec == "sample:smollm2" and not (paths.cache_dir() / "models" / DIRECTORY).is_dir():
+    if spec == "sample:smollm2" and not is_converted():
         return "the sample model has not been converted yet, which the first real run does"
     if is_local(spec):
         return resolve_model(spec, revision)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
@@ -74,7 +76,7 @@ def loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def packs_exactly(model: torch.nn.Module) -> bool:
+def packs_exactly(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the second row of a pack has the same loss whatever row lies before it, to the bit."""
     device = next(model.parameters()).device
     vocabulary = int(model.config.vocab_size)

@@ -24,12 +24,21 @@ TURN_END, PADDING = "<|im_end|>", "<|endoftext|>"
 CONTEXT = 8192
 
 
+def converted() -> Path:
+    """Where the converted model lies, or will lie."""
+    return (paths.cache_dir() / "models" / DIRECTORY).absolute()
+
+
+def is_converted() -> bool:
+    return converted().is_dir()
+
+
 def smollm2() -> Path:
     """The converted model's directory, made on the first call (20 to 30 s on two cores).
 
     Raises UserError where the package is not installed or the cache cannot be written.
     """
-    target = (paths.cache_dir() / "models" / DIRECTORY).absolute()
+    target = converted()
     if target.is_dir():
         return target
     gguf = gguf_file()
