@@ -122,7 +122,6 @@ def is_local(spec: str) -> bool:
 
 def local_model(spec: str, revision: str | None) -> Any:
     """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
-    from opensloth import paths
     from opensloth.data.models.resolve import resolve_model
     from opensloth.data.models.smollm2 import is_converted
 
