@@ -77,7 +77,7 @@ def before_quantized_training(model: PreTrainedModel) -> PreTrainedModel:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The tensors that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import Trainer
 
 from opensloth import log, paths
-from opensloth.engine.lora import name_base
+from opensloth.engine.lora import name_base, trainable
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training import checkpoint
@@ -57,11 +57,11 @@ def trainer_class() -> type[Any]:
             self.writing = False
             self.since_log: list[tuple[int, int, torch.Tensor]] = []  # step, micro-batch, loss
             self.best_loss = best_loss(run.directory)
-            weights = {n: p.detach().clone() for n, p in arguments["model"].named_parameters() if p.requires_grad}
+            adapter = trainable(arguments["model"]) if hasattr(arguments["model"], "peft_config") else {}
+            weights = {name: parameter.detach().clone() for name, parameter in adapter.items()}
             super().__init__(**arguments)
-            for name, parameter in self.model.named_parameters():
-                if name in weights:  # TRL casts the adapters of quantized models to bfloat16
-                    parameter.data = weights[name]
+            for name, parameter in adapter.items():
+                parameter.data = weights[name]  # TRL casts the adapters of quantized models to bfloat16
 
         def get_train_dataloader(self) -> Any:
             # as it is: accelerate would divide the rank's own steps among the ranks once more
