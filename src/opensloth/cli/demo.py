@@ -26,7 +26,7 @@ RECIPE = {"tokens_per_step": 1024, "max_steps": 60, "lr": 1e-3, "lr_scheduler": 
 
 def run(output: Path, samples: int | None, max_steps: int | None, processes: int | None) -> None:
     """Score the base model, train an adapter, score it, and show both."""
-    from opensloth.cli.train import start_sft
+    from opensloth.cli.two_in_one import start_sft
     from opensloth.data.models.resolve import load_tokenizer, resolve_model
     from opensloth.data.prompt.choose import contract_for
     from opensloth.evaluation.score import score_model
