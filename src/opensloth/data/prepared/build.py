@@ -114,7 +114,6 @@ def start_worker(recipe: Recipe) -> None:
     """Make the process's builder once. The tokenizer's own threads are off: there is one process per core already."""
     global _builder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     log.quiet_libraries()
     if not recipe.trust_remote_code:
         hide_torch()
@@ -129,6 +128,7 @@ def hide_torch() -> None:
     Hidden, a process starts in a third of the time and takes 70 MB instead of 330.
     """
     if "torch" not in sys.modules:
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
         sys.modules["torch"] = None  # type: ignore[assignment]
 
 
