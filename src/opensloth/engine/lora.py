@@ -12,6 +12,7 @@ from opensloth import paths
 from opensloth.config.run import SEVEN_LINEARS, TrainOptions
 from opensloth.errors import UserError
 
+WEIGHTS = "adapter_model.safetensors"
 FUSED = ("qkv_proj", "gate_up_proj")  # what some architectures (phi3) have instead of five of the seven linears
 
 
@@ -49,6 +50,7 @@ def targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
 
 def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Go on training an adapter that exists. Raises UserError where it does not fit the model."""
+    check_weights(adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft only warns where weights are missing
@@ -62,6 +64,12 @@ def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
         hint = "It was trained on another base model: name the adapter's own base."
         raise UserError(f"The adapter {adapter} does not fit {model.config._name_or_path}: {first}", hint) from error
     return in_float32(adapted)
+
+
+def check_weights(adapter: Path) -> None:
+    """Raise UserError for an adapter without safetensors: peft would read it from a pickle."""
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"The adapter {adapter} has no {WEIGHTS}.", "Save its weights as safetensors.")
 
 
 def in_float32(model: PeftModel) -> PeftModel:

@@ -77,6 +77,7 @@ def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.devi
     options: dict[str, Any] = {
         "revision": ref.revision,
         "trust_remote_code": job.trust_remote_code,
+        "use_safetensors": True,  # else a model without them is read from its pickles
         "dtype": dtype,
         "attn_implementation": "sdpa",
         "device_map": {"": device},
@@ -86,7 +87,7 @@ def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.devi
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(ref.base, **options)
-    except ValueError as error:  # an unknown architecture, or weights that only exist as pickles
+    except (OSError, ValueError) as error:  # weights that only exist as pickles, or an unknown architecture
         raise UserError(f"{ref.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
     return model

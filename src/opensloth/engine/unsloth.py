@@ -25,6 +25,8 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     chosen = choose.dtype(job, device)
     dtype: torch.dtype = getattr(torch, chosen.value)
     notes = [f"computing in {chosen.value}: {chosen.why}"]
+    if ref.adapter is not None:
+        lora.check_weights(ref.adapter)
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(ref.adapter or ref.base),
         revision=None if ref.adapter else ref.revision,

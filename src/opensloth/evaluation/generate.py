@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.prompt.contract import PromptContract
+from opensloth.engine import lora
 
 BATCH = 25  # prompts at once; on two cores a larger batch is not faster
 
@@ -18,9 +19,16 @@ def load_for_inference(ref: ModelRef, device: torch.device, dtype: torch.dtype) 
     """The model with its adapter, if it has one, unmerged: exactly the policy that was trained."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        ref.base, revision=ref.revision, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
+        ref.base,
+        revision=ref.revision,
+        trust_remote_code=False,  # unless told, transformers asks on the terminal
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
     )
     if ref.adapter is not None:
+        lora.check_weights(ref.adapter)
         return PeftModel.from_pretrained(model, ref.adapter).eval()
     return model.eval()
 
