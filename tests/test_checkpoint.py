@@ -82,3 +82,11 @@ def test_a_published_checkpoint_replaces_its_namesake_and_the_oldest_go(tmp_path
     assert names(complete(tmp_path)) == ["checkpoint-6", "checkpoint-9"]
     assert (tmp_path / "checkpoint-9" / STATE).read_text() == '"new"'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-9"]
+
+
+def test_a_checkpoint_of_a_run_that_went_back_is_the_newest(tmp_path):
+    for step in (3, 30, 60):
+        write(tmp_path / f"checkpoint-{step}")
+    write(tmp_path / STAGING / "checkpoint-6")
+    publish(tmp_path, "checkpoint-6", keep=2)
+    assert names(complete(tmp_path)) == ["checkpoint-3", "checkpoint-6"]

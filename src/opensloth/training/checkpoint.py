@@ -69,10 +69,15 @@ def to_resume(resume: str, directory: Path) -> Path | None:
 
 
 def publish(directory: Path, name: str, keep: int) -> None:
-    """Give a staged checkpoint its name, then remove all but the newest `keep`."""
+    """Give a staged checkpoint its name, then remove all but the newest `keep`.
+
+    Later steps than its own are of a course that was left by `--resume PATH`: `auto` must not find them any more.
+    """
     target = directory / name
     shutil.rmtree(target, ignore_errors=True)  # left over from a run that was cut off before this one resumed
     os.replace(directory / STAGING / name, target)
     shutil.rmtree(directory / STAGING, ignore_errors=True)
-    for old in complete(directory)[:-keep]:
+    found = complete(directory)
+    newest = found.index(target) + 1
+    for old in [*found[:newest][:-keep], *found[newest:]]:
         shutil.rmtree(old, ignore_errors=True)
