@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from opensloth.cli import program, train
+from opensloth.config.jobs import SftJob
+from opensloth.data.models.resolve import resolve_model
+from opensloth.data.prepared.directory import open_prepared
 from opensloth.launch import run_directory
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Metrics
@@ -94,6 +97,18 @@ def test_another_job_in_the_directory_is_refused_and_the_settings_are_named(here
 def test_settings_that_change_no_weight_may_differ(finished, call_job, change):
     code, out = call_job(finished, *change)
     assert (code, "already finished" in out) == (0, True), out
+
+
+def test_with_batch_size_the_processes_decide_what_a_step_holds_and_so_which_job_it_is(here, finished):
+    prepared = open_prepared(Path(json.loads((finished / "job.json").read_text())["data"]["directory"]))
+    ref = resolve_model("model")
+
+    def job(processes, **options):
+        return run_directory.identity(SftJob(data=prepared.directory, **options), prepared, ref, processes)
+
+    assert job(1) == job(2)
+    assert job(1, batch_size=4) != job(2, batch_size=4)
+    assert job(1, batch_size=4, grad_accum=2) == job(2, batch_size=4) == job(4, batch_size=2)
 
 
 def test_the_same_data_in_another_directory_is_the_same_job(here, finished, call, tmp_path):  # noqa: F811

@@ -148,10 +148,11 @@ def estimated_rows(job: DataJob, known: int | None, last_line: int) -> int | Non
 
 
 def estimated_steps(job: TrainOptions, rows: int, tokens: int, processes: int) -> Figures:
+    from opensloth.data.plan.schedule import rows_per_step
     from opensloth.data.plan.shards import auto_tokens_per_step
 
     if job.batch_size is not None:
-        wanted = job.batch_size * (job.grad_accum or 1) * processes
+        wanted = rows_per_step(job, processes)
         per_epoch, a_step = math.ceil(rows / wanted), f"{wanted:,} rows"
     else:
         auto = isinstance(job.tokens_per_step, str)
@@ -217,10 +218,6 @@ def settings_lines(resolved: Resolved[Settings]) -> list[str]:
     wide = max((len(value) for _, value, _ in given), default=0)
     lines = [f"  {name:<26}{value:<{min(wide, 40)}}  ({origin})" for name, value, origin in given]
     return [*lines, f"  and {len(record) - len(given)} defaults, which docs/options.md lists (--json shows them)"]
-
-
-def is_given(item: dict[str, Any]) -> bool:
-    return item["origin"] != "default" and item["value"] is not None
 
 
 def shown(value: Any) -> str:

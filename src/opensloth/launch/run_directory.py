@@ -11,6 +11,7 @@ from opensloth.config.base import Resolved
 from opensloth.config.jobs import SftJob
 from opensloth.config.run import LaunchOptions
 from opensloth.data.models.resolve import ModelRef, resolve_model
+from opensloth.data.plan.schedule import rows_per_step
 from opensloth.data.prepared.directory import Prepared
 from opensloth.errors import UserError
 from opensloth.launch.launcher import run_workers
@@ -35,18 +36,21 @@ class Result:
     metrics: dict[str, Any]
 
 
-def identity(job: SftJob, prepared: Prepared, ref: ModelRef) -> dict[str, Any]:
+def identity(job: SftJob, prepared: Prepared, ref: ModelRef, processes: int) -> dict[str, Any]:
     """What makes this job the job it is, by name: two runs with the same identity train the same model."""
     values = {name: value for name, value in job.model_dump(mode="json").items() if name not in MAY_CHANGE}
+    if job.batch_size is not None:  # it counts rows per process: then the processes do decide what a step holds
+        del values["batch_size"], values["grad_accum"]
+        values["rows_per_step"] = rows_per_step(job, processes)
     model = {"base": ref.base, "revision": ref.revision, "adapter": str(ref.adapter or "")}
     # the same rows under another path, or dealt to another number of shards, are the same data
     return {**values, "data": prepared.manifest.digest, "model": model}
 
 
-def default_output(job: SftJob, prepared: Prepared, ref: ModelRef) -> Path:
+def default_output(prepared: Prepared, ref: ModelRef, identity: dict[str, Any]) -> Path:
     """`outputs/sft-<model>-<data>-<hash of the job>`."""
     data = Path(prepared.manifest.source.spec).name.split(".")[0].replace("sample:", "")
-    return Path("outputs") / f"sft-{ref.name}-{data}-{paths.digest(identity(job, prepared, ref))[:8]}"
+    return Path("outputs") / f"sft-{ref.name}-{data}-{paths.digest(identity)[:8]}"
 
 
 def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World) -> Result:
@@ -57,13 +61,14 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
         WorkerFailed, RunStopped: as `launcher.run_workers`.
     """
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
-    output = job.output or default_output(job, prepared, ref)
+    this = identity(job, prepared, ref, world.processes)
+    output = job.output or default_output(prepared, ref, this)
     record = {
         "format": 1,
         "method": "sft",
         "code_version": __version__,
         "settings": Resolved(job, origins).record(),
-        "identity": identity(job, prepared, ref),
+        "identity": this,
         "data": {"directory": str(prepared.directory.absolute()), "source": prepared.manifest.source.model_dump()},
         "model": {"base": ref.base, "revision": ref.revision, "adapter": ref.adapter and str(ref.adapter)},
         "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},

@@ -100,7 +100,6 @@ def schedule(
         tokens_per_step = auto_tokens_per_step(total) if isinstance(wanted, str) else wanted
     else:
         tokens_per_step = None
-        rows_per_step = options.batch_size * (options.grad_accum or 1) * processes
 
     steps: list[Rows] = []
     epoch: list[float] = []
@@ -112,7 +111,7 @@ def schedule(
         if tokens_per_step is not None:
             cut = optimizer_steps(lengths, tokens_per_step, seed, done)
         else:
-            cut = cut_by_rows(len(lengths), rows_per_step, seed, done)
+            cut = cut_by_rows(len(lengths), rows_per_step(options, processes), seed, done)
         share = min(1.0, passes - done)
         for number, rows in enumerate(cut[: math.ceil(share * len(cut))], start=1):
             steps.append(train[rows])
@@ -123,7 +122,12 @@ def schedule(
     return Schedule(steps, epoch, prepared.lengths, prepared.trained, tokens_per_step, options.batch_size, packing)
 
 
-def cut_by_rows(rows: int, rows_per_step: int, seed: int, epoch: int) -> list[Rows]:
-    """The (seed, epoch) order of the rows in steps of `rows_per_step`; the last step of an epoch may be smaller."""
+def rows_per_step(options: TrainOptions, processes: int) -> int:
+    """The rows of a step over all processes, with --batch-size."""
+    return (options.batch_size or 1) * (options.grad_accum or 1) * processes
+
+
+def cut_by_rows(rows: int, per_step: int, seed: int, epoch: int) -> list[Rows]:
+    """The (seed, epoch) order of the rows in steps of `per_step`; the last step of an epoch may be smaller."""
     ones = np.ones(rows, dtype=np.int64)
-    return optimizer_steps(ones, rows_per_step, seed, epoch)
+    return optimizer_steps(ones, per_step, seed, epoch)
