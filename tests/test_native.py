@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef, resolve_model
-from opensloth.engine import native
+from opensloth.engine import attention, native
 from opensloth.errors import UserError
 from tiny import save_tiny_model
 
@@ -45,3 +45,24 @@ def test_an_adapter_that_only_exists_as_a_pickle_is_refused(model, tmp_path):
     as_pickle(adapter / "adapter_model.safetensors", "adapter_model.bin")
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
         load(ref)
+
+
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_attention_computes_in_bfloat16_on_a_quantized_base_too(model, monkeypatch, bits):
+    seen = []
+
+    def watched(q, *rest):
+        seen.append(q.dtype)
+        return row_by_row(q, *rest)
+
+    row_by_row = attention.row_by_row
+    monkeypatch.setattr(attention, "row_by_row", watched)
+    engine = load(resolve_model(str(model)), dtype="bfloat16", **bits)
+    engine.model.train()
+    ids, boundaries = torch.arange(8)[None], torch.tensor([0, 8], dtype=torch.int32)
+    ends = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 8, "max_length_k": 8}
+    engine.loss(engine.model, {"input_ids": ids, "labels": ids, "position_ids": ids, **ends}).backward()
+    assert set(seen) == {torch.bfloat16}
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in trained)
+    assert all("lora_" in name for name, parameter in engine.model.named_parameters() if parameter.requires_grad)

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from opensloth import paths
@@ -78,11 +78,6 @@ def in_float32(model: PeftModel) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def before_quantized_training(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze a 4-bit or 8-bit base and keep its norms in fp32, without switching on checkpointing."""
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

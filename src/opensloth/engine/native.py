@@ -34,7 +34,9 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     elif packs:
         model.set_attn_implementation(attention.NAME)
     if job.load_in_4bit or job.load_in_8bit:
-        model = lora.before_quantized_training(model)
+        # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
+        # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
+        model.requires_grad_(False)
     trained = with_adapter(model, job, ref, seed, notes)
     if job.compile == "on":
         for layer in model.get_decoder().layers:  # each layer alone: one compilation serves them all
