@@ -10,9 +10,11 @@ from opensloth.cli import program, train
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import resolve_model
 from opensloth.data.prepared.directory import open_prepared
+from opensloth.errors import UserError
 from opensloth.launch import run_directory
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Metrics
+from opensloth.training.run_sft import check_same_checkpoint
 from tiny import save_tiny_model
 from training_fixtures import call, in_this_process, sft, write_rows  # noqa: F401
 
@@ -229,3 +231,10 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_step_that_is_gone_on_from(tm
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2]
     metrics.keep_until(0)
     assert metrics.path.read_text() == ""
+
+
+def test_processes_that_find_different_checkpoints_do_not_start(tmp_path):
+    check_same_checkpoint(["checkpoint-4", "checkpoint-4"], tmp_path)
+    with pytest.raises(UserError, match="process 2 from none") as caught:
+        check_same_checkpoint(["checkpoint-4", "checkpoint-4", "none"], tmp_path)
+    assert "same directory" in caught.value.hint

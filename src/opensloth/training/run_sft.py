@@ -19,7 +19,7 @@ from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared, open_prepared
 from opensloth.engine import Engine, load
 from opensloth.engine.lora import weights_hash
-from opensloth.errors import RunStopped
+from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint, plan, sft
 from opensloth.training.callbacks import Metrics, SameAdapter, StopOnSignal
 from opensloth.training.loader import Batcher, Steps, eval_packs
@@ -145,6 +145,24 @@ def build_trainer(
 
 
 def checkpoint_to_resume(job: SftJob, run_dir: Path) -> Path | None:
-    """What `--resume` says; a process that the launcher restarts goes on from the newest checkpoint in any case."""
+    """What `--resume` says; a process that the launcher restarts goes on from the newest checkpoint in any case.
+
+    Raises UserError where the processes find different ones: they would train different steps, and wait for ever.
+    """
     restarted = int(os.environ.get("OPENSLOTH_ATTEMPT", "0")) > 0
-    return checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
+    mine = checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
+    if dist.is_initialized():
+        found = [""] * dist.get_world_size()
+        dist.all_gather_object(found, mine.name if mine else "none")
+        check_same_checkpoint(found, run_dir)
+    return mine
+
+
+def check_same_checkpoint(found: list[str], run_dir: Path) -> None:
+    """Raise UserError where the names of the checkpoints that the processes found are not all the same."""
+    for rank, name in enumerate(found):
+        if name != found[0]:
+            raise UserError(
+                f"Process 0 would go on from {found[0]} in {run_dir / 'checkpoints'}, but process {rank} from {name}.",
+                "Give all machines the same directory (--output on a shared disk, or a copy of machine 0's).",
+            )
