@@ -421,6 +421,26 @@ def test_a_config_file_that_contradicts_the_data_names_both(here, call, model):
     assert "max_seq_length 64" in err
 
 
+def test_a_data_setting_in_a_config_file_that_cannot_be_is_a_mistake_too(here, call, model):
+    assert call(data.app, "rows.jsonl", "--model", model, "--output", "d")[0] == 0
+    (here / "job.yaml").write_text("max_seq_length: 2\n")
+    code, _, err = call(sft.app, "d", "--config", "job.yaml", "--processes", 1, "--dry-run")
+    assert code == 2
+    assert "job.yaml: max_seq_length 2" in err
+
+
+def test_a_dry_run_neither_runs_a_models_own_code_nor_asks_for_it(here, call, model):
+    import shutil
+
+    assert call(data.app, "rows.jsonl", "--model", model, "--output", "d")[0] == 0
+    other = Path(shutil.copytree(model, here / "own-code"))
+    (other / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    (other / "own.py").write_text("raise SystemExit(7)")
+    code, _, err = call(sft.app, "d", "--model", other, "--processes", 1, "--dry-run")
+    assert code == 2
+    assert f"error: {other} cannot be loaded" in err
+
+
 def test_a_model_that_reads_other_tokens_than_the_data_is_refused(here, call, model):
     from tiny import tiny_tokenizer
 

@@ -186,7 +186,12 @@ def memory_figures(
 
     device = torch.device(world.devices[0])
     dtype = getattr(torch, choose.dtype(job, device).value)
-    config = AutoConfig.from_pretrained(model.base, revision=model.revision)
+    # unless told, transformers asks on the terminal whether the model's code may run
+    trusted = bool(getattr(job, "trust_remote_code", False))
+    try:
+        config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=trusted)
+    except (OSError, ValueError) as error:  # an unknown architecture, or one with code of its own
+        raise UserError(f"{model.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     need = memory.estimate(config, job, dtype.itemsize)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":

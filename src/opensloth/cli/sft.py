@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opensloth import log
 from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.program import run
-from opensloth.config.base import Resolved, read_config
+from opensloth.config.base import Resolved, read_config, resolve
 from opensloth.config.jobs import DataJob, SftJob
 from opensloth.errors import UserError
 from opensloth.launch.world import plan_world, under_torchrun
@@ -57,11 +57,12 @@ def check_method(prepared: "Prepared") -> None:
 def check_config(prepared: "Prepared", config: Path) -> None:
     """A data setting in the config file must be the one that the data was prepared with. Raises UserError else."""
     manifest = prepared.manifest
+    others = {"input": "-", "model": "-", "gpus": 1}  # what the file says of these is not the data's business here
+    job = resolve(DataJob, others, config, SftJob.model_fields).job.model_dump(mode="json")
     for name, value in read_config(config).items():
         if name not in manifest.options or name in SftJob.model_fields:
             continue
-        fixed = manifest.options[name]
-        given = DataJob.model_validate({"input": "-", "model": "-", name: value}).model_dump(mode="json")[name]
+        given, fixed = job[name], manifest.options[name]
         if given != fixed:
             raise UserError(
                 f"{config}: {name} {value} contradicts {prepared.directory}, which was prepared with {name} {fixed}.",
