@@ -102,6 +102,7 @@ def test_a_missing_setting_is_named_as_it_is_typed(settings, flags, named):
         ({"load_in_4bit": True, "load_in_8bit": True}, ("--load-in-4bit", "--load-in-8bit")),
         ({"full_finetuning": True, "load_in_4bit": True}, ("--full-finetuning", "--load-in-4bit")),
         ({"grad_accum": "2"}, ("--grad-accum", "--batch-size")),
+        ({"batch_size": "2", "pack_tokens": "512"}, ("--batch-size", "--pack-tokens")),
         ({"batch_size": "2", "tokens_per_step": "100"}, ("--batch-size", "--tokens-per-step")),
         ({"nnodes": "2"}, ("--nnodes", "--rdzv-endpoint")),
         ({"node_rank": "1"}, ("--node-rank", "--nnodes")),
@@ -137,9 +138,9 @@ def test_other_sizes_of_a_step_are_refused(typed):
     assert refused(SftJob, {**SFT, "tokens_per_step": typed}).message.startswith("--tokens-per-step")
 
 
-@pytest.mark.parametrize("typed", ["constant-with-warmup", "constant_with_warmup"])
+@pytest.mark.parametrize("typed", ["adamw-8bit", "adamw_8bit"])
 def test_choices_take_dashes_and_underscores(typed):
-    assert resolve(SftJob, {**SFT, "lr_scheduler": typed}).job.lr_scheduler == "constant_with_warmup"
+    assert resolve(SftJob, {**SFT, "optim": typed}).job.optim == "adamw_8bit"
 
 
 def test_a_word_that_is_no_choice_is_refused_with_the_choices():

@@ -373,6 +373,13 @@ def test_small_steps_change_an_adapter_of_a_bfloat16_model(here, call, tmp_path)
         assert 1e-6 < moved < 2e-5, name
 
 
+def test_a_constant_learning_rate_is_warmed_up_too(here, call, tmp_path):  # noqa: F811
+    job = (*SMALL, "--max-steps", 4, "--lr", 1e-3, "--lr-scheduler", "constant", "--warmup-steps", 2)
+    assert call(*job, "--output", tmp_path)[0] == 0
+    rates = [entry["learning_rate"] for entry in metrics(tmp_path, "learning_rate")]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+
+
 def test_full_finetuning_leaves_a_model_directory(here, call, tmp_path):  # noqa: F811
     code, out = call(*SMALL, "--full-finetuning", "--eval-fraction", 0.1, "--dtype", "float32", "--output", tmp_path)
     assert code == 0, out

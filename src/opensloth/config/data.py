@@ -23,7 +23,6 @@ class DataOptions(Settings):
     system: str | None = option(None, "The system prompt of conversations that have none.")
     target_only: bool = option(True, "Train on the assistant's turns alone.", off="full-conversation")
     max_seq_length: int = option(2048, "The longest row, and the size of a planned pack, in tokens.", ge=8)
-    max_prompt_len: int = option(1024, "The longest GRPO prompt, in tokens.", ge=1)
     overlong: str = option("drop", "What to do with a row over --max-seq-length.", choices=OVERLONG)
     packing: bool = option(True, "Put several rows into one pack, with exact boundaries between them.")
     workers: int | None = option(None, "Processes that prepare rows.", short="w", shown="cores", ge=1)

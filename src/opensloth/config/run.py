@@ -8,7 +8,7 @@ ENGINES = ("auto", "native", "unsloth")
 CHECKPOINTING = ("auto", "none", "selective", "full")
 COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit")
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -61,7 +61,9 @@ class TrainOptions(Settings):
     gradient_checkpointing: str = option(
         "auto", "Trade time for memory; auto goes by free memory.", choices=CHECKPOINTING
     )
-    compile: str = option("auto", "Compile the layers with torch.compile.", choices=COMPILE)
+    compile: str = option(
+        "auto", "Compile each layer with torch.compile (engine native); auto does not.", choices=COMPILE
+    )
 
     logging_steps: int = option(1, "Log every N steps.", ge=1)
     save_steps: int = option(100, "Write a checkpoint every N steps.", ge=1)
@@ -114,6 +116,8 @@ class TrainOptions(Settings):
             raise ValueError("--grad-accum counts micro-batches of --batch-size rows: give --batch-size too")
         if self.batch_size and self.tokens_per_step != "auto":
             raise ValueError("--batch-size and --tokens-per-step both fix the size of a step: give one of them")
+        if self.batch_size and self.pack_tokens != "auto":
+            raise ValueError("--batch-size and --pack-tokens both fix the size of a micro-batch: give one of them")
         return self
 
 

@@ -26,10 +26,11 @@ def describe(plan: Schedule, chosen: MemoryPlan, processes: int) -> list[str]:
     """The batch arithmetic in two lines."""
     tokens = [plan.tokens(step) for step in range(len(plan.steps))]
     rows = [len(step) for step in plan.steps]
+    size = f"{chosen.pack_tokens:,} tokens" if plan.batch_size is None else f"{plan.batch_size:,} rows"
     micro = [len(plan.micro_batches(step, chosen.pack_tokens, processes)[0]) for step in range(min(50, len(rows)))]
     return [
         f"{len(tokens):,} optimizer steps of about {statistics.mean(tokens):,.0f} tokens "
         f"({statistics.mean(rows):.1f} rows), {plan.epoch[-1]:.2f} epochs, {sum(tokens):,} tokens in all",
-        f"a step is {statistics.mean(micro):.1f} micro-batches of up to {chosen.pack_tokens:,} tokens "
+        f"a step is {statistics.mean(micro):.1f} micro-batches of up to {size} "
         f"on each of {processes} process{'es' if processes > 1 else ''}; checkpointing: {chosen.checkpointing}",
     ]

@@ -9,6 +9,7 @@ from opensloth.config.run import TrainOptions
 from opensloth.engine import Engine
 
 OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' own "constant" passes over the warm-up
 # "selective" recomputes every second layer; reentrant checkpointing does not work with DDP on adapters
 CHECKPOINTING = {
     "selective": {"use_reentrant": False, "every_n_layers": 2},
@@ -46,7 +47,7 @@ def sft_args(
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "learning_rate": options.lr,
-        "lr_scheduler_type": options.lr_scheduler,
+        "lr_scheduler_type": SCHEDULERS.get(options.lr_scheduler, options.lr_scheduler),
         "warmup_steps": warmup(options, steps),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
