@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from documents import blocks, commands
 from loopback_hub import LoopbackHub, files_of
 from opensloth.data.sources.arithmetic import arithmetic
 from tiny import save_tiny_model
@@ -161,18 +162,9 @@ def test_end_to_end_gives_the_adapter_of_the_two_scripts(project: Project, train
     assert all((short[name] == long[name]).all() for name in long)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
-
-
-def commands() -> list[str]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.strip()]
-
-
 def test_the_readmes_scripts_and_programs_exist() -> None:
     known = {"pip", "python3", "os-data", "os-sft", "os-train", "tensorboard"}
-    for command in commands():
+    for command in commands(README):
         words = shlex.split(command, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             assert words.pop(0).split("=")[0] in README.split("| variable |")[1].split("## Step")[0]
@@ -198,7 +190,7 @@ def dry(command: str) -> str:
     return command if looks else f"{command.rstrip()} --dry-run"
 
 
-@pytest.mark.parametrize("command", sorted({dry(c) for c in commands() if c.startswith("os-")}))
+@pytest.mark.parametrize("command", sorted({dry(c) for c in commands(README) if c.startswith("os-")}))
 def test_a_command_of_the_readme_runs(command: str, project: Project, prepared: Path, trained: Path) -> None:
     words = shlex.split(command)
     before = sorted(p for p in project.root.rglob("*") if "cache" not in p.parts)
@@ -209,7 +201,7 @@ def test_a_command_of_the_readme_runs(command: str, project: Project, prepared: 
 
 
 def test_the_readmes_inference_program_uses_the_contracts_prompt(project: Project, trained: Path) -> None:
-    program = next(block for block in blocks("python") if "AutoPeftModelForCausalLM" in block)
+    program = next(block for block in blocks(README, "python") if "AutoPeftModelForCausalLM" in block)
     program = program.replace("max_new_tokens=512", "max_new_tokens=8")
     check = """
 from pathlib import Path
