@@ -348,6 +348,15 @@ def test_a_missing_file_is_an_error_that_names_it(copy, name):
         open_prepared(copy)
 
 
+def test_rows_that_lost_their_ends_are_counted(job):
+    rows = [conversation(1), conversation(2, words=3), conversation(11, words=90)]
+    data = prepare(job(rows, max_seq_length=24, overlong="truncate", target_only=False))
+    long = prepare(job(target_only=False)).lengths > 24
+    assert data.manifest.truncated == long.sum() > 0
+    assert data.manifest.rows_kept == 3
+    assert ("truncated", f"{long.sum()} rows were too long and lost their ends") in summarize(data).lines()
+
+
 @pytest.mark.parametrize(
     "name", ["manifest.json", "plan.parquet", "prompt.json", "dropped.jsonl", "rows/data-00000-of-00001.arrow"]
 )

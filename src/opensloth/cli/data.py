@@ -101,7 +101,8 @@ def reshard(
 def figures(prepared: "Prepared") -> dict[str, Any]:
     """What `--json` prints about prepared data."""
     manifest = prepared.manifest
-    kept = ("rows_in", "rows_kept", "dropped", "duplicates", "tokens", "trained_tokens", "shards", "packs_per_shard")
+    kept = ["rows_in", "rows_kept", "dropped", "truncated", "duplicates", "tokens", "trained_tokens"]
+    kept += ["shards", "packs_per_shard"]
     record = {"data": str(prepared.directory), "method": manifest.method, "model": manifest.model}
     return record | {name: getattr(manifest, name) for name in kept} | {"digest": manifest.digest}
 

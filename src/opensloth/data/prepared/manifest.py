@@ -35,6 +35,7 @@ class Manifest(BaseModel):
         options: the data options, as `os-data` takes them.
         digest: of all inputs and options that the rows and the plan follow from, but for the number of shards.
         dropped: rows left out, by reason; `rows_in == rows_kept + sum(dropped.values())`.
+        truncated: kept rows that were too long and lost their ends (`--overlong truncate`).
         duplicates: kept rows whose tokens another row before them has too.
         packs_per_shard: of the train split. The shards that lack one run an empty pack instead.
         files: bytes of each file that never changes, by its path in the directory.
@@ -56,6 +57,7 @@ class Manifest(BaseModel):
     rows_in: int
     rows_kept: int
     dropped: dict[str, int]
+    truncated: int = 0
     duplicates: int
     shards: int
     packs_per_shard: int

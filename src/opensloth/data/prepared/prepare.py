@@ -119,6 +119,7 @@ class Tally:
     """What is counted while rows pass by."""
 
     rows_in: int = 0
+    cut: int = 0
     lengths: list[np.ndarray[Any, Any]] = field(default_factory=list)
     trained: list[np.ndarray[Any, Any]] = field(default_factory=list)
     hashes: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -172,6 +173,7 @@ def write(
         rows_in=tally.rows_in,
         rows_kept=kept,
         dropped=dict(tally.dropped.most_common()),
+        truncated=tally.cut,
         duplicates=kept - len(np.unique(np.concatenate(tally.hashes))),
         tokens=int(lengths.sum(dtype=np.int64)),
         trained_tokens=int(trained.sum(dtype=np.int64)),
@@ -200,5 +202,6 @@ def write_rows(
                 tally.lengths.append(built.rows.lengths)
                 tally.trained.append(built.rows.trained)
                 tally.hashes.append(built.rows.hashes)
+                tally.cut += built.rows.cut
             report(tally.rows_in)
     return tally

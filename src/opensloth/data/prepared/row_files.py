@@ -43,12 +43,14 @@ class EncodedRows:
             never counts.
         hashes: 64 bits of each row's `input_ids`. Ten million different rows give a false repetition with a
             probability of 3e-6.
+        cut: how many of the rows were too long and lost their ends.
     """
 
     batch: bytes
     lengths: NDArray[np.int32]
     trained: NDArray[np.int32]
     hashes: NDArray[np.uint64]
+    cut: int
 
 
 def encode(rows: Sequence[TokenRow]) -> EncodedRows:
@@ -78,6 +80,7 @@ def encode(rows: Sequence[TokenRow]) -> EncodedRows:
         lengths=lengths,
         trained=np.diff(counted[offsets]).astype(np.int32),
         hashes=np.frombuffer(b"".join(hashes), np.uint64),
+        cut=sum(row.cut for row in rows),
     )
 
 

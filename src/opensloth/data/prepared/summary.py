@@ -23,6 +23,7 @@ class Summary:
     rows_kept: int
     eval_rows: int
     dropped: dict[str, int]
+    truncated: int
     duplicates: int
     tokens: int
     trained_tokens: int
@@ -43,6 +44,8 @@ class Summary:
             packs += f", {self.padding:.1%} empty"
         lines = [("rows", rows)]
         lines += [("dropped", f"{count:,} x {reason}") for reason, count in self.dropped.items()]
+        if self.truncated:
+            lines.append(("truncated", f"{self.truncated:,} rows were too long and lost their ends"))
         if self.duplicates:
             lines.append(("duplicates", f"{self.duplicates:,} rows repeat another exactly (kept)"))
         lines.append(("tokens", f"{self.tokens:,}, {self.trained_tokens:,} of them trained ({share:.0%})"))
@@ -66,6 +69,7 @@ def summarize(prepared: Prepared) -> Summary:
         rows_kept=manifest.rows_kept,
         eval_rows=int(prepared.is_eval.sum()),
         dropped=manifest.dropped,
+        truncated=manifest.truncated,
         duplicates=manifest.duplicates,
         tokens=manifest.tokens,
         trained_tokens=manifest.trained_tokens,

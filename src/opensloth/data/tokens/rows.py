@@ -16,12 +16,16 @@ MASKED = -100
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One row to train on. `row_id` is 0-based (`line` - 1); `labels` are as long as `input_ids`, -100 where masked."""
+    """One row to train on. `row_id` is 0-based (`line` - 1); `labels` are as long as `input_ids`, -100 where masked.
+
+    `cut` says that the row was too long and lost its end.
+    """
 
     row_id: int
     line: int
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +87,12 @@ class RowBuilder:
                 ids += piece
                 labels += piece if segment.trained else [MASKED] * len(piece)
             labels[:1] = [MASKED] * len(labels[:1])
+            cut_short = len(ids) > self._limit
             reason = self._fit(line, ids, labels)
             if reason:
                 dropped.append(DroppedRow(line, reason))
             else:
-                kept.append(TokenRow(line - 1, line, ids, labels))
+                kept.append(TokenRow(line - 1, line, ids, labels, cut_short))
         dropped.sort(key=lambda row: row.line)
         return kept, dropped
 
