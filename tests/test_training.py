@@ -428,6 +428,7 @@ def test_fused_linears_are_trained_where_a_model_has_them(here, call, tmp_path):
         (("--dtype", "float16"), "--dtype float16 needs a CUDA card."),
         (("--lora-targets", "q_proj,w_proj"), "The model has no layer w_proj (--lora-targets)."),
         (("--full-finetuning", "--model", "{run}"), "--full-finetuning cannot start from the adapter"),
+        (("--report-to", "wandb"), "--report-to wandb: wandb is not installed."),
         (("--resume", "nowhere"), "--resume nowhere is not a complete checkpoint."),
         (("--output", "rows.jsonl"), "--output rows.jsonl is a file."),
         (("--output", "model"), "--output model holds something that is no run."),

@@ -1,5 +1,6 @@
 """A job in the words of TRL: the one place where our settings become its arguments."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from opensloth.config.run import TrainOptions
 from opensloth.engine import Engine
+from opensloth.errors import UserError
 
 OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
 SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' own "constant" passes over the warm-up
@@ -37,7 +39,10 @@ def sft_args(
         engine: says which type to compute in. Frozen weights are stored in it already, so that autocast (slow on a CPU)
             is only for engines that ask for it; float16 always needs the trainer's loss scaler.
         evaluates: whether there are held-out rows.
+    Raises:
+        UserError: an option needs a package that is not installed.
     """
+    check_installed(options)
     on_gpu = device.type == "cuda"
     fused = "adamw_torch_fused" if on_gpu else "adamw_torch"
     optimizer = OPTIMIZERS[options.optim]
@@ -78,6 +83,16 @@ def sft_args(
         "loss_type": "nll",
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
+
+
+def check_installed(options: TrainOptions) -> None:
+    needed = {"bitsandbytes": ("--optim adamw_8bit", options.optim == "adamw_8bit", "gpu")}
+    needed["wandb"] = ("--report-to wandb", "wandb" in options.report_to, "wandb")
+    for package, (option, asked, extra) in needed.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{option}: {package} is not installed.", f'Install it: pip install "openslothai[{extra}]".'
+            )
 
 
 def warmup(options: TrainOptions, steps: int) -> int:
