@@ -373,12 +373,12 @@ def test_another_contract_is_an_error_that_shows_the_first_differing_token() -> 
     with pytest.raises(UserError) as error:
         check_same(contract(choice="reasoning"), contract(), tiny_tokenizer())
     assert "token 0 of a short conversation is 'You' (id " in error.value.message
-    assert "in reasoning, but '<|im_start|>' (id 1) in inferred" in error.value.message
+    assert "for the adapter, but '<|im_start|>' (id 1) in the data" in error.value.message
 
 
 def test_contracts_that_render_alike_still_show_what_differs() -> None:
     made = contract()
-    with pytest.raises(UserError, match=r"stop is \('<\|im_end\|>',\) in inferred, but \('</s>',\)"):
+    with pytest.raises(UserError, match=r"stop is \('<\|im_end\|>',\) for the adapter, but \('</s>',\)"):
         check_same(made, replace(made, stop=("</s>",)), tiny_tokenizer())
     with pytest.raises(UserError, match="their templates part at character"):
         check_same(made, replace(made, chat_template=made.chat_template + "{# more #}"), tiny_tokenizer())

@@ -170,12 +170,12 @@ def checked(contract: PromptContract, tokenizer: Any) -> PromptContract:
 
 
 def check_same(expected: PromptContract, actual: PromptContract, tokenizer: Any) -> None:
-    """Raises UserError, with the first token that differs, where two contracts are not the same."""
+    """Raises UserError, with the first token that differs, where an adapter's contract is not that of the data."""
     if expected.hash == actual.hash:
         return
     raise UserError(
         f"The prompt contracts differ: {first_difference(expected, actual, tokenizer)}.",
-        "Prepare the data for this model, or name the template that it was trained with by --chat-template.",
+        "Prepare the data anew with this adapter as --model: it brings its template and system prompt.",
     )
 
 
@@ -187,13 +187,11 @@ def first_difference(expected: PromptContract, actual: PromptContract, tokenizer
         for place, (want, have) in enumerate(zip_longest(wanted, given)):
             if want != have:
                 there, here = shown(tokenizer, want), shown(tokenizer, have)
-                return (
-                    f"token {place} of a short conversation is {there} in {expected.name}, but {here} in {actual.name}"
-                )
+                return f"token {place} of a short conversation is {there} for the adapter, but {here} in the data"
     for what in ("stop", "eos_token", "system", "tags", "special_tokens", "version"):
         there, here = getattr(expected, what), getattr(actual, what)
         if there != here:
-            return f"{what} is {there!r} in {expected.name}, but {here!r} in {actual.name}"
+            return f"{what} is {there!r} for the adapter, but {here!r} in the data"
     texts = expected.chat_template, actual.chat_template
     place = next((i for i, (a, b) in enumerate(zip_longest(*texts)) if a != b), 0)
     excerpts = [text[max(0, place - 20) : place + 20] for text in texts]
