@@ -81,6 +81,7 @@ def test_a_documented_launch_by_torchrun_runs(command: str, folder: Path) -> Non
     words = [*typed(command), "--dry-run"]
     done = subprocess.run(words, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Nothing was written") == 1
 
 
 def test_every_other_documented_command_names_what_is_there() -> None:

@@ -17,6 +17,7 @@ from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
 from opensloth.config.run import TrainOptions
 from opensloth.errors import UserError
+from opensloth.launch.world import speaks
 
 if TYPE_CHECKING:
     from opensloth.data.prepared.directory import Prepared
@@ -60,7 +61,7 @@ def plan_sft(resolved: Resolved[SftJob], prepared: "Prepared", world: "World", a
     plan = schedule(prepared, job, seed=seed, processes=world.processes)
     tokens = [plan.tokens(step) for step in range(len(plan.steps))]
     rows = [len(step) for step in plan.steps]
-    figures["steps"] = f"{len(tokens):,}, {plan.epoch[-1]:.4g} passes over the data" if tokens else "0"
+    figures["steps"] = f"{len(tokens):,}, {plan.epoch[-1]:.4g} epochs" if tokens else "0"
     if tokens:
         figures["a step"] = f"{sum(tokens) // len(tokens):,} tokens in {sum(rows) / len(rows):.1f} rows on average"
     figures |= processes_figures(job, world.processes)
@@ -111,7 +112,7 @@ def data_figures(job: DataJob) -> tuple[Figures, int, int]:
     )
     figures["tokens"] = f"{about}{tokens:,}"
     packs = max(math.ceil(tokens / job.max_seq_length), 1) if job.packing else rows
-    figures["packs"] = f"about {packs:,} of at most {job.max_seq_length:,} tokens on {job.gpus} shards"
+    figures["packs"] = f"about {packs:,} of at most {job.max_seq_length:,} tokens, shards: {job.gpus}"
     figures["disk"] = f"{about}{size(tokens * BYTES_PER_TOKEN)} of prepared data"
     return figures, rows, tokens
 
@@ -159,7 +160,7 @@ def estimated_steps(job: TrainOptions, rows: int, tokens: int, processes: int) -
         each = auto_tokens_per_step(tokens) if auto else int(job.tokens_per_step)
         per_epoch, a_step = math.ceil(tokens / each), f"{each:,} tokens" + (" (auto)" if auto else "")
     steps = job.max_steps or max(math.ceil(per_epoch * job.epochs), 1)
-    figures = {"steps": f"about {steps:,}, {steps / per_epoch:.4g} passes over the data", "a step": a_step}
+    figures = {"steps": f"about {steps:,}, {steps / per_epoch:.4g} epochs", "a step": a_step}
     return figures | processes_figures(job, processes)
 
 
@@ -208,6 +209,8 @@ def size(count: int) -> str:
 
 def show(resolved: Resolved[Any], figures: Figures, as_json: bool) -> None:
     """Print settings and figures: those that were given first, the defaults in one line."""
+    if not speaks():
+        return
     if as_json:
         print(json.dumps({"job": resolved.record(), "plan": figures}, ensure_ascii=False, default=str))
         return

@@ -1,7 +1,6 @@
 """`os-sft DIR`: train an adapter on prepared data."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from opensloth.cli.program import run
 from opensloth.config.base import Resolved, read_config, resolve
 from opensloth.config.jobs import DataJob, SftJob
 from opensloth.errors import UserError
-from opensloth.launch.world import plan_world, under_torchrun
+from opensloth.launch.world import plan_world, speaks
 
 if TYPE_CHECKING:
     from opensloth.data.prepared.directory import Prepared
@@ -79,7 +78,7 @@ def with_data_settings(resolved: Resolved[SftJob], prepared: "Prepared") -> Reso
     fixed: dict[str, Any] = {}
     if job.model is None:
         fixed["model"] = manifest.model
-        if job.revision is None:
+        if job.revision is None and manifest.model_revision is not None:
             fixed["revision"] = manifest.model_revision
     elif job.model != manifest.model:
         check_tokenizer(job, prepared)
@@ -108,7 +107,7 @@ def check_tokenizer(job: SftJob, prepared: "Prepared") -> None:
 
 def report(result: "Result", as_json: bool) -> None:
     """Print where the adapter is, and the last figures of the run; once, however many processes torchrun started."""
-    if under_torchrun() and os.environ["RANK"] != "0":
+    if not speaks():
         return
     if as_json:
         record = {"output": str(result.output), "status": result.status, "metrics": result.metrics}

@@ -79,7 +79,7 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
     log.say(f"run directory: {output}")
     if prepared.manifest.shards != world.processes:
         log.say(
-            f"the data was planned for {prepared.manifest.shards} processes; its rows are dealt to {world.processes}"
+            f"processes: the data was planned for {prepared.manifest.shards}; its rows are dealt to {world.processes}"
         )
     run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
     if world.node_rank and not (output / RESULT).exists():

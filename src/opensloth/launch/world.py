@@ -43,6 +43,11 @@ def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     return all(name in environ for name in TORCHRUN)
 
 
+def speaks() -> bool:
+    """Whether this process prints what the command says: under torchrun one of them does."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def plan_world(
     launch: Launch, *, environ: Mapping[str, str] = os.environ, count_gpus: Callable[[], int] | None = None
 ) -> World:

@@ -230,6 +230,6 @@ def finish(trainer: Any, run: Run, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
     }
     if trainer.is_world_process_zero():
-        log.say(f"saving the adapter to {run.directory}")
+        log.say(f"saving what was trained to {run.directory}")
         trainer._save(str(run.directory))
     return figures
