@@ -333,6 +333,8 @@ def test_os_data_shows_and_reshards_what_it_prepared(here, call, model):
         ("", [], "rows.jsonl"),
         (json.dumps(ROWS[0]) + "\n{broken\n", ["--strict"], "1 of 2 rows"),
         (json.dumps(ROWS[0]) + "\n", ["--gpus", "2"], "Lower --gpus"),
+        (json.dumps(ROWS[0]) + "\n", ["--max-seq-length", "8"], "Raise --max-seq-length"),
+        (json.dumps(ROWS[0]) + "\n", ["--chat-template", "reasoning"], "columns of their own"),
         (json.dumps(ROWS[0]) + "\n", ["--overlong", "cut"], "drop, truncate, error"),
         (json.dumps(ROWS[0]) + "\n", ["--output", "rows.jsonl"], "rows.jsonl"),
     ],
@@ -486,7 +488,7 @@ def test_one_command_does_what_the_two_do_and_knows_when_it_is_finished(here, ca
     assert first["status"] == "trained"
     assert first["metrics"]["steps"] == 2
     assert (here / first["output"] / "adapter_model.safetensors").is_file()
-    (prepared,) = (here / "data").iterdir()
+    (prepared,) = (here / "data").glob("[!.]*")  # but for the lock
     code, out, err = call(sft.app, prepared, *shared)
     assert code == 0, err
     assert json.loads(out) == {**first, "status": "already finished"}

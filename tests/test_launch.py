@@ -299,7 +299,9 @@ STOPPABLE = (
     "raise RunStopped(f'Stopped by {signal.Signals(asked[0]).name} after step 5, which is saved.')\n"
 )
 PARENT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
 from pathlib import Path
 from opensloth import errors
 from opensloth.launch.launcher import run_workers

@@ -444,7 +444,6 @@ def test_runs_that_start_together_make_the_data_once(tmp_path, model):
     """Two seeds of one job, started at once, name the same default directory."""
     write_rows(tmp_path / "rows.jsonl", [conversation(number) for number in range(30)])
     command = [sys.executable, "-m", "opensloth.cli.data", "rows.jsonl", "--model", str(model)]
-    started = [subprocess.Popen(command, cwd=tmp_path, stdout=-3, stderr=-3) for _ in range(2)]
     started = [subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-2, text=True) for _ in range(2)]
     told = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], told
