@@ -117,7 +117,9 @@ def check_same_job(output: Path, this: dict[str, Any]) -> None:
     other = paths.read_json(output / JOB, "a run directory").get("identity", {})
     different = [name for name in sorted({*this, *other}) if this.get(name) != other.get(name)]
     if different:
-        shown = ", ".join(f"{name} ({other.get(name)} there, {this.get(name)} now)" for name in different[:5])
+        told = {"data": "data (other rows, or prepared otherwise)"}  # digests would tell nobody anything
+        values = {name: f"{name} ({other.get(name)} there, {this.get(name)} now)" for name in different}
+        shown = ", ".join((values | told)[name] for name in different[:5])
         raise UserError(
             f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
         )

@@ -52,7 +52,7 @@ def reuse(output: Path, inputs: dict[str, Any], shards: int) -> Prepared | None:
         return None
     manifest = load_manifest(output)
     if manifest.digest != inputs["digest"]:
-        log.say(f"{output} was prepared with other {difference(manifest, inputs)}: preparing it again.")
+        log.say(f"{output} is prepared again, for what changed: {difference(manifest, inputs)}.")
         return None
     try:
         prepared = open_prepared(output)

@@ -101,6 +101,16 @@ def job_options(job: DataJob) -> dict[str, Any]:
     return {**part(job, DataOptions), "map": list(job.map), "gpus": job.gpus}
 
 
+def way_out(dropped: Counter[str]) -> str:
+    """What helps against the reason that most rows were dropped for."""
+    reason = dropped.most_common(1)[0][0]
+    if reason == "too long":
+        return "Raise --max-seq-length, or cut them with --overlong truncate."
+    if reason == "assistant turn without the contract's tags":
+        return "Give working and answer in columns of their own, which get the tags, or choose another --chat-template."
+    return "docs/data.md tells which rows are read."
+
+
 def template_in_words(contract: PromptContract, model: ModelRef) -> str:
     """Which template renders the rows; one that nobody chose must not go unsaid."""
     if contract.name == "inferred":
@@ -159,7 +169,7 @@ def write(
         raise UserError(f"{source.spec} holds no rows.")
     if not kept:
         message = f"None of the {tally.rows_in:,} rows of {source.spec} can be used: {tally.reasons()}."
-        raise UserError(message, "The README lists the row formats that are read.")
+        raise UserError(message, way_out(tally.dropped))
     if job.strict and tally.dropped:
         bad = tally.dropped.total()
         message = f"{bad:,} of {tally.rows_in:,} rows of {source.spec} are bad: {tally.reasons()}."
