@@ -53,6 +53,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def call(capsys):
     """Run a program in this process: its exit code, stdout and stderr."""
+    importlib.import_module("torch")  # os-data hides it from a process that has not loaded it
 
     def run(app: typer.Typer, *arguments: object) -> tuple[int, str, str]:
         code = program.run(app, [str(argument) for argument in arguments])
@@ -195,6 +196,11 @@ def test_every_setting_is_in_the_help_of_its_command(call, monkeypatch, app, pat
     for item in declared(settings):
         spelled = [item.spelled] if item.extra("hidden") else options.spellings(item)[0].split("/")
         assert all(name in out for name in spelled), item.name
+
+
+@pytest.mark.parametrize("app", PROGRAMS.values())
+def test_h_is_help(call, app):
+    assert call(app, "-h") == call(app, "--help")
 
 
 def test_the_help_of_os_data_shows_the_commands_and_the_options_of_preparing(call):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensloth.data.prepared.prepare import Prepared
 
 DEFAULT = "prepare"
-TYPER_OWN = ("--help", "--install-completion", "--show-completion")
+TYPER_OWN = ("--help", "-h", "--install-completion", "--show-completion")
 
 
 class DefaultGroup(TyperGroup):

@@ -28,7 +28,7 @@ COMMON = {
     "as_json": "Print one line of JSON with the paths and figures instead.",
 }
 # `--load_in_4bit` is `--load-in-4bit`; values and file names keep their `_`.
-CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["--help"]}
+CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["--help", "-h"]}
 
 Job = TypeVar("Job", bound=Settings)
 
