@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from opensloth import paths
 from opensloth.cli import program, train
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import resolve_model
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.errors import UserError
 from opensloth.launch import run_directory
+from opensloth.launch.world import World
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Metrics
 from opensloth.training.run_sft import check_same_checkpoint
@@ -238,3 +240,14 @@ def test_processes_that_find_different_checkpoints_do_not_start(tmp_path):
     with pytest.raises(UserError, match="process 2 from none") as caught:
         check_same_checkpoint(["checkpoint-4", "checkpoint-4", "none"], tmp_path)
     assert "same directory" in caught.value.hint
+
+
+def test_two_commands_do_not_train_in_one_directory(tmp_path):
+    with (
+        paths.one_at_a_time(tmp_path / "run"),
+        pytest.raises(UserError, match="Another command is training"),
+        run_directory.one_command(tmp_path / "run", World(("cpu",))),
+    ):
+        pass
+    with run_directory.one_command(tmp_path / "run", World(("cpu",))):
+        pass  # free again

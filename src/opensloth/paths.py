@@ -62,9 +62,15 @@ def new_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")) / "old"
             os.replace(target, old)
-        os.replace(temporary, target)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old is not None:  # give back what was there
+                os.replace(old, target)
+            raise
+        finally:
+            if old is not None:
+                shutil.rmtree(old.parent, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"Cannot write {target}: {error.strerror or error}.", "Free space or choose another --output."
@@ -74,13 +80,29 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def one_at_a_time(target: Path) -> Iterator[None]:
-    """Let one process at a time make `target`; the others wait and find it made. A killed process holds nothing."""
-    from filelock import FileLock
+def one_at_a_time(target: Path, busy: str = "") -> Iterator[None]:
+    """Let one process at a time work on `target`. A process that is killed holds nothing.
+
+    Args:
+        busy: what to say where another process is at work; without it, wait for that process instead.
+    Raises:
+        UserError: `busy`.
+    """
+    from filelock import FileLock, Timeout
 
     check_writable(target)
-    with FileLock(target.absolute().parent / f".{target.name}.lock"):
+    whose = digest(
+        [str(target.absolute()), getattr(os, "getuid", int)()]
+    )  # not beside the target: nobody clears it away
+    lock = FileLock(Path(tempfile.gettempdir()) / f"opensloth-{whose[:16]}.lock", timeout=0 if busy else -1)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(busy, "Wait for it to end, or choose another --output.") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_writable(directory: Path) -> None:

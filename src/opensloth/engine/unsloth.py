@@ -53,7 +53,9 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
             random_state=seed,
         )
     lora.in_float32(model)
-    packs = packing and packs_exactly(model)
+    if job.compile == "on":
+        notes.append("--compile on means nothing here: unsloth compiles what it wants to")
+    packs = packing and packs_exactly(model.eval())  # dropout would tell two equal passes apart
     if packing and not packs:
         notes.append("rows are padded, not packed: packed rows see each other in this version of unsloth")
     tokenizer = load_tokenizer(ref, job.trust_remote_code)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
         "model": {"base": ref.base, "revision": ref.revision, "adapter": ref.adapter and str(ref.adapter)},
         "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},
     }
+    with one_command(output, world):
+        return run(output, job, record, prepared, world)
+
+
+def one_command(output: Path, world: World) -> AbstractContextManager[None]:
+    """Two commands that train in one directory would mix their checkpoints: the second one is told so."""
+    if not leads(world):
+        return nullcontext()
+    return paths.one_at_a_time(output, busy=f"Another command is training in {output}.")
+
+
+def leads(world: World) -> bool:
+    return world.node_rank == 0 and os.environ.get("RANK", "0") == "0"
+
+
+def run(output: Path, job: SftJob, record: dict[str, Any], prepared: Prepared, world: World) -> Result:
     finished = leader_first("run directory", lambda: open_run(output, job, record, world))
     if finished:
         return Result(output, "already finished", finished)
@@ -89,9 +106,8 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
 
 def open_run(output: Path, job: SftJob, record: dict[str, Any], world: World) -> dict[str, Any]:
     """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
-    leads = world.node_rank == 0 and os.environ.get("RANK", "0") == "0"
     check_output(output)
-    if job.force and leads:  # who comes later would remove the run that has begun
+    if job.force and leads(world):  # who comes later would remove the run that has begun
         shutil.rmtree(output, ignore_errors=True)
     check_same_job(output, record["identity"])
     if (output / RESULT).exists():

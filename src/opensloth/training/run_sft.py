@@ -16,7 +16,7 @@ from opensloth import log, paths
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
-from opensloth.data.prepared.directory import Prepared, open_prepared
+from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, load
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped, UserError
@@ -40,7 +40,7 @@ class Place:
         return self.rank == 0
 
 
-def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, place: Place) -> None:
+def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: Place) -> None:
     """Train, or go on, until the last step. Rank 0 leaves the adapter and result.json.
 
     Raises:
@@ -48,7 +48,6 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, data: Path, place: Place) -
         WorkerFailed: a loss that is not a number.
         RunStopped: a signal; the last step is saved.
     """
-    prepared = open_prepared(data)
     seed = int(prepared.manifest.options["seed"] if job.seed is None else job.seed)
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)

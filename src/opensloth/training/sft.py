@@ -101,6 +101,11 @@ def trainer_class() -> type[Any]:
             if dist.is_initialized():
                 dist.all_reduce(total)
             loss = float(total) / max(1, self.run.held_out_targets)
+            if not finite(loss):
+                raise WorkerFailed(
+                    f"The eval loss is {loss} after step {self.state.global_step}.",
+                    "Lower --lr, or look at the held-out rows. The last checkpoint is kept.",
+                )
             self.log({"eval_loss": loss})
             if loss < self.best_loss:
                 self.best_loss = loss

@@ -9,11 +9,13 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensloth import log, paths
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef
+from opensloth.data.prepared.directory import Prepared, open_prepared
+from opensloth.errors import UserError
 from opensloth.launch.device import claim_device
 
 if TYPE_CHECKING:
@@ -43,7 +45,15 @@ def run(run_dir: Path) -> None:
     place = join(device_name)
     from opensloth.training.run_sft import train
 
-    train(run_dir, job, ref, Path(record["data"]["directory"]), place)
+    train(run_dir, job, ref, open_data(record), place)
+
+
+def open_data(record: dict[str, Any]) -> Prepared:
+    """The data of the job. Raises UserError where it was prepared anew since: other rows are another job."""
+    prepared = open_prepared(Path(record["data"]["directory"]))
+    if prepared.manifest.digest != record["identity"]["data"]:
+        raise UserError(f"{prepared.directory} was prepared anew since this run began.", "Start another run on it.")
+    return prepared
 
 
 def import_unsloth() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from opensloth import log, paths
 from opensloth.config.jobs import DataJob
 from opensloth.data.prepared.directory import Prepared, open_prepared, reshard
-from opensloth.data.prepared.manifest import MANIFEST, Manifest, load_manifest
+from opensloth.data.prepared.manifest import MANIFEST, PLAN, ROWS, Manifest, load_manifest
 from opensloth.errors import UserError
 
 NOT_IN_DIGEST = {"gpus", "workers"}  # another number of shards is a new plan only; workers change nothing
@@ -36,11 +36,12 @@ def check_output(output: Path, job: DataJob) -> None:
     if any(here == place or here in place.parents for place in places):
         raise UserError(f"--output {output} would replace your own files.", "Name a directory for the prepared data.")
     paths.check_writable(output)
-    if job.force or not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(output.iterdir()):
         return
-    if not (output / MANIFEST).is_file():
-        raise UserError(f"{output} holds something that is not prepared data.", "Choose another --output, or --force.")
-    load_manifest(output)
+    if not any((output / part).exists() for part in (MANIFEST, PLAN, ROWS)):  # damaged data may lack one
+        raise UserError(f"{output} holds something that is not prepared data.", "Choose another --output.")
+    if not job.force:
+        load_manifest(output)
 
 
 def reuse(output: Path, inputs: dict[str, Any], shards: int) -> Prepared | None:
@@ -72,5 +73,5 @@ def difference(manifest: Manifest, inputs: dict[str, Any]) -> str:
     now = {**inputs, **inputs["options"]}
     before["source"], now["source"] = before["source"]["digest"], now["source"]["digest"]
     skipped = NOT_IN_DIGEST | {"options", "digest"}
-    changed = [name for name in now if name not in skipped and before.get(name) != now[name]]
+    changed = [name for name in {**now, **before} if name not in skipped and before.get(name) != now.get(name)]
     return ", ".join(name.replace("_", " ") for name in changed) or "source"
