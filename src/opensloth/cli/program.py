@@ -9,7 +9,7 @@ from typing import cast
 
 import typer
 
-from opensloth import log
+from opensloth import __version__, log
 from opensloth.errors import DONE, STOPPED, USER_ERROR, OpenSlothError
 
 BUG = 1
@@ -27,6 +27,9 @@ def run(
         elsewhere: options that this program does not have, each with the hint that says where it belongs.
     """
     log.quiet_libraries()
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(__version__)
+        return DONE
     try:
         status = app(args=arguments, standalone_mode=False)
     except OpenSlothError as error:

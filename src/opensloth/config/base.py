@@ -180,4 +180,6 @@ def explain(
     origin = origins.get(name, "default")
     spelled = Declared(name, settings.model_fields[name]).spelled
     where = f"{origin.removeprefix('config ')}: {name}" if origin.startswith("config") else spelled
-    return UserError(f"{where} {values.get(name)!s}: {message[0].lower()}{message[1:]}.")
+    value = values.get(name)
+    shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return UserError(f"{where} {shown}: {message[0].lower()}{message[1:]}.")

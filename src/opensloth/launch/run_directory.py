@@ -145,3 +145,5 @@ def check_resume(job: SftJob, output: Path) -> None:
     begun = output / CHECKPOINTS
     if job.resume == "never" and begun.is_dir() and any(begun.glob("checkpoint-*")):
         raise UserError(f"--resume never, but {begun} holds checkpoints.", "Add --force to start anew without them.")
+    if job.resume not in ("auto", "never") and not Path(job.resume).is_dir():
+        raise UserError(f"--resume {job.resume}: there is no such directory.", "Name a checkpoint, auto or never.")

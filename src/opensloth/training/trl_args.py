@@ -96,7 +96,10 @@ def check_installed(options: TrainOptions) -> None:
 
 
 def warmup(options: TrainOptions, steps: int) -> int:
-    """Warm-up in optimizer steps: as given, or a share of the run, but at least one step of a share above 0."""
+    """Warm-up in optimizer steps: as given, or a share of the run, rounded down.
+
+    The first step of a warm-up has a learning rate of 0, which a run of a few steps cannot spare.
+    """
     if options.warmup_steps >= 1 or options.warmup_steps == 0:
         return int(options.warmup_steps)
-    return max(1, round(options.warmup_steps * steps))
+    return int(options.warmup_steps * steps)

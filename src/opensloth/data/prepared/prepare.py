@@ -113,6 +113,8 @@ def way_out(dropped: Counter[str]) -> str:
 
 def template_in_words(contract: PromptContract, model: ModelRef) -> str:
     """Which template renders the rows; one that nobody chose must not go unsaid."""
+    if contract.name == "inferred" and model.adapter is not None and (model.adapter / CONTRACT).is_file():
+        return f"prompts follow the prompt.json of {model.name}"
     if contract.name == "inferred":
         return f"prompts follow the chat template of {model.name}'s tokenizer"
     return f"prompts follow the contract {contract.name}"
