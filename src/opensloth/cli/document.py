@@ -8,13 +8,14 @@ import annotated_types
 from opensloth import paths
 from opensloth.cli.options import COMMON, OWN_PANEL, by_panel, metavar, spellings, value_kinds
 from opensloth.config.base import Declared, Settings
-from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
+from opensloth.config.jobs import DataJob, EvalJob, SftJob, TrainSftJob
 
 FILE = Path("docs/options.md")
 COMMANDS: dict[str, type[Settings]] = {
     "os-data INPUT": DataJob,
     "os-sft DIR": SftJob,
     "os-train sft INPUT": TrainSftJob,
+    "os-eval INPUT": EvalJob,
 }
 HEAD = """# Options
 

@@ -41,6 +41,31 @@ class TrainSftJob(LaunchOptions, TrainOptions, ModelOptions, DataOptions):
     force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
 
 
+class EvalJob(Settings):
+    """`os-eval INPUT`: models answer held-out problems and are compared."""
+
+    input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
+    model: tuple[str, ...] = option(
+        ..., "A model or adapter; may be repeated, and the first is what others are held to."
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with a hub model.", off="-")
+    task: str = option("math", "How an answer is judged.", choices=("math",))
+    samples: int | None = option(None, "Use only the first N problems.", short="n", shown="all", ge=1)
+    split: str | None = option(
+        None, "The split of the data.", shown="test for sample:arithmetic, else the data's only one"
+    )
+    subset: str | None = option(None, "The subset (configuration) of a hub data set.")
+    data_revision: str | None = option(None, "The revision (branch, tag, commit) of a hub data set.")
+    map: tuple[str, ...] = option((), "Name the column of a role, as `problem=question`; may be repeated.")
+    chat_template: str = option("auto", "auto (the prompt.json of the first model that has one) or as in os-data.")
+    system: str | None = option(None, "The system prompt.")
+    max_new: int = option(512, "Tokens of an answer at most.", ge=1)
+    group_size: int = option(1, "Also sample K answers to each problem, for pass@K (1: greedy answers alone).", ge=1)
+    temperature: float = option(1.0, "The temperature of sampled answers.", gt=0)
+    seed: int = option(3407, "Seeds the sampled answers.", ge=0, lt=2**32)
+    show_wrong: int = option(0, "Show N problems that the last model got wrong.", ge=0)
+
+
 def part(job: Settings, kind: type[Settings]) -> dict[str, object]:
     """The settings of `job` that `kind` has too, by name."""
     return {name: getattr(job, name) for name in kind.model_fields if name in type(job).model_fields}

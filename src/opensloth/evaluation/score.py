@@ -1,68 +1,76 @@
-"""How good completions are: in the contract's format, and with the right answer."""
+"""How good completions are, how sure that is, and whether one model is better than another on the same problems."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from opensloth import log
-from opensloth.data.messages.examples import Example
 from opensloth.data.prompt.contract import PromptContract
+from opensloth.evaluation.generate import Completion
+
+Z = 1.959964  # the normal quantile of a 95 % interval
 
 
 @dataclass(frozen=True)
-class Score:
-    """Counts over `problems` completions. `right` needs the format too: nobody can find an answer without it."""
+class Judged:
+    """One completion: `right` needs the format too, for nobody can find an answer without it."""
 
-    problems: int
-    in_format: int
-    right: int
-
-    @property
-    def format_rate(self) -> float:
-        return self.in_format / self.problems
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.problems
+    text: str
+    tokens: int
+    in_format: bool
+    right: bool
 
 
-def score(contract: PromptContract, completions: Sequence[str], answers: Sequence[str]) -> Score:
-    """Judge completions as they follow the generation prompt.
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval."""
 
-    A completion is in the format when it and the generation prompt before it are exactly one assistant turn. Its answer
-    is right when it is the expected text, white space and thousands separators aside.
+    value: float
+    low: float
+    high: float
+
+
+def judge(contract: PromptContract, completion: Completion, answer: str) -> Judged:
+    """Judge a completion as it follows the generation prompt.
+
+    It is in the format when it and the generation prompt before it are exactly one assistant turn. Its answer is right
+    when it is the expected text, white space and thousands separators aside.
 
     Raises:
         ValueError: a contract without tags, which has no format to judge.
     """
     if contract.tags is None:
         raise ValueError(f"the contract {contract.name} has no tags")
-    matches = [contract.tags.pattern.fullmatch(contract.tags.working_start + text) for text in completions]
-    right = [
-        match is not None and plain(match[2]) == plain(answer) for match, answer in zip(matches, answers, strict=True)
-    ]
-    return Score(len(completions), sum(match is not None for match in matches), sum(right))
+    match = contract.tags.pattern.fullmatch(contract.tags.working_start + completion.text)
+    right = match is not None and plain(match[2]) == plain(answer)
+    return Judged(completion.text, completion.tokens, match is not None, right)
 
 
 def plain(answer: str) -> str:
     return "".join(answer.split()).replace(",", "")
 
 
-def score_model(model: str, contract: PromptContract, examples: Sequence[Example], *, max_new: int) -> Score:
-    """Load a model or adapter, let it answer, and judge. Shows progress."""
-    import torch
+def share(flags: Sequence[bool]) -> Interval:
+    """The share of True, with Wilson's score interval (doi 10.1080/01621459.1927.10502953)."""
+    n, p = len(flags), sum(flags) / len(flags)
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
 
-    from opensloth.data.models.resolve import load_tokenizer, resolve_model
-    from opensloth.engine import choose
-    from opensloth.evaluation.generate import complete, load_for_inference
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" or choose.cpu_has_bfloat16() else torch.float32
-    ref = resolve_model(model)
-    conversations = [contract.messages(example)[:-1] for example in examples]
-    name = Path(model).name
-    with log.progress(f"answers of {name}", len(examples), "problems") as report:
-        loaded = load_for_inference(ref, device, dtype)
-        tokenizer = load_tokenizer(ref)
-        completions = complete(loaded, tokenizer, contract, conversations, max_new=max_new, done=report)
-    return score(contract, completions, [example.answer or "" for example in examples])
+def paired_difference(first: Sequence[bool], other: Sequence[bool]) -> Interval:
+    """The mean of `other - first` over the same problems, with the normal interval of paired differences."""
+    differences = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
+    half = Z * math.sqrt(variance / n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def pass_at(k: int, groups: Sequence[Sequence[bool]]) -> float:
+    """The unbiased estimate of pass@k from groups of n >= k sampled answers (arXiv 2107.03374, equation 1)."""
+    total = 0.0
+    for group in groups:
+        n, right = len(group), sum(group)
+        total += 1.0 - math.comb(n - right, k) / math.comb(n, k)
+    return total / len(groups)

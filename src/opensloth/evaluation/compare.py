@@ -1,0 +1,139 @@
+"""Several models on the same problems, under the same prompts: what `os-eval` and the demo do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from opensloth import log
+from opensloth.config.jobs import EvalJob
+from opensloth.data.messages.examples import BadRow, Example, detect_format, parse_mapping
+from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model
+from opensloth.data.prompt.choose import CONTRACT_FILE, contract_for
+from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.sources.open import open_source
+from opensloth.engine import choose
+from opensloth.errors import UserError
+from opensloth.evaluation.generate import complete, load_for_inference
+from opensloth.evaluation.score import Interval, Judged, judge, paired_difference, pass_at, share
+
+
+@dataclass(frozen=True)
+class Report:
+    """One model's answers: a greedy one to each problem, and `group_size` sampled ones where pass@K was asked for."""
+
+    model: str
+    greedy: list[Judged]
+    sampled: list[list[Judged]]
+
+    @property
+    def pass_at_1(self) -> Interval:
+        return share([one.right for one in self.greedy])
+
+    @property
+    def pass_at_k(self) -> float | None:
+        return (
+            pass_at(len(self.sampled[0]), [[o.right for o in group] for group in self.sampled])
+            if self.sampled
+            else None
+        )
+
+    @property
+    def format_rate(self) -> float:
+        return sum(one.in_format for one in self.greedy) / len(self.greedy)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(one.tokens for one in self.greedy) / len(self.greedy)
+
+    def against(self, first: "Report") -> Interval:
+        return paired_difference([one.right for one in first.greedy], [one.right for one in self.greedy])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    problems: list[Example]
+    contract: PromptContract
+    reports: list[Report]
+
+
+def compare(job: EvalJob) -> Comparison:
+    """Let every model answer every problem.
+
+    Raises:
+        UserError: an input without answers, a contract without tags, a model that cannot be loaded.
+    """
+    problems = read_problems(job)
+    refs = [resolve_model(model) for model in job.model]
+    contract = contract_of(job, refs)
+    if contract.tags is None:
+        raise UserError(
+            f"--task {job.task} finds answers between tags, and the contract {contract.name} has none.",
+            "Evaluate an adapter that was trained with --chat-template reasoning, or give that option.",
+        )
+    return Comparison(problems, contract, [report(job, ref, contract, problems) for ref in refs])
+
+
+def read_problems(job: EvalJob) -> list[Example]:
+    """The rows of the input that have an answer. Bad rows are left out, and counted in one line."""
+    split = job.split or ("test" if job.input.startswith("sample:") else "train")
+    source = open_source(job.input, split=split, subset=job.subset, revision=job.data_revision, samples=job.samples)
+    row_format = detect_format(source.columns, parse_mapping(list(job.map)), method="grpo")
+    problems, bad = [], 0
+    for row in source.rows():
+        try:
+            example = row_format.example(row.value) if row.value is not None else None
+        except BadRow:
+            example = None
+        if example is None or example.answer is None:
+            bad += 1
+        else:
+            problems.append(example)
+    if not problems:
+        raise UserError(f"{job.input} holds no problem with an answer.", "docs/data.md lists the row formats.")
+    if bad:
+        log.warn(f"{bad:,} rows of {job.input} hold no problem with an answer; they are left out.")
+    return problems
+
+
+def contract_of(job: EvalJob, refs: Sequence[ModelRef]) -> PromptContract:
+    """One contract for all: as asked, else that of the first model that brings one, else the first model's template."""
+    first = refs[0]
+    if job.chat_template == "auto":
+        first = next((ref for ref in refs if brings_contract(ref)), first)
+    tokenizer = load_tokenizer(first, job.trust_remote_code)
+    return contract_for(tokenizer, job.chat_template, job.system, first.adapter)
+
+
+def brings_contract(ref: ModelRef) -> bool:
+    places = [place for place in (ref.adapter, Path(ref.base)) if place is not None]
+    return any((place / CONTRACT_FILE).is_file() for place in places)
+
+
+def report(job: EvalJob, ref: ModelRef, contract: PromptContract, problems: Sequence[Example]) -> Report:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" or choose.cpu_has_bfloat16() else torch.float32
+    model = load_for_inference(ref, device, dtype, job.trust_remote_code)
+    tokenizer = load_tokenizer(ref, job.trust_remote_code)
+    conversations = [contract.prompt_messages(example) for example in problems]
+
+    def answers(title: str, asked: Sequence[Any], golds: Sequence[str], temperature: float) -> list[Judged]:
+        with log.progress(f"{title} of {ref.name}", len(asked), "answers") as progress:
+            written = complete(
+                model, tokenizer, contract, asked, max_new=job.max_new, temperature=temperature, done=progress
+            )
+        return [judge(contract, one, gold) for one, gold in zip(written, golds, strict=True)]
+
+    golds = [example.answer or "" for example in problems]
+    greedy = answers("answers", conversations, golds, 0.0)
+    sampled: list[list[Judged]] = []
+    if job.group_size > 1:
+        set_seed(job.seed)
+        size = job.group_size
+        many = [messages for messages in conversations for _ in range(size)]
+        flat = answers("samples", many, [gold for gold in golds for _ in range(size)], job.temperature)
+        sampled = [flat[start : start + size] for start in range(0, len(flat), size)]
+    return Report(ref.spec, greedy, sampled)
