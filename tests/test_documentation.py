@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from documents import blocks, commands
-from opensloth.cli import data, program, sft, train
+from opensloth.cli import data, eval, program, sft, train
 from opensloth.data.sources.arithmetic import arithmetic
 from tiny import save_tiny_model
 
@@ -25,7 +25,7 @@ COMMANDS = [
     for name, text in PAGES.items()
     for command in commands(text)
 ]
-PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-train": train.app}
+PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-train": train.app, "os-eval": eval.app}
 PREPARED, RUN = "data/rows", "outputs/mine"
 ROWS = 40
 

@@ -27,6 +27,8 @@ def contract():
         (RIGHT, "5", True, True),
         (RIGHT, "6", True, False),
         (RIGHT.replace("5</S", " 1,005 </S"), "1005", True, True),
+        (RIGHT.replace("5</S", r"\frac{10}{2}</S"), "5", True, True),
+        (RIGHT.replace("5</S", "5 or 6</S"), "5", True, False),
         (RIGHT + " So it is 5.", "5", False, False),
         ("<SOLUTION>5</SOLUTION>", "5", False, False),
         ("5", "5", False, False),

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.evaluation.generate import Completion
+from opensloth.rewards.grade import Grade, grade
 
+RIGHT = (Grade.EXACT, Grade.EQUAL)
 Z = 1.959964  # the normal quantile of a 95 % interval
 
 
@@ -33,7 +35,7 @@ def judge(contract: PromptContract, completion: Completion, answer: str) -> Judg
     """Judge a completion as it follows the generation prompt.
 
     It is in the format when it and the generation prompt before it are exactly one assistant turn. Its answer is right
-    when it is the expected text, white space and thousands separators aside.
+    when it equals the expected one in any form, as the rewards judge it; a comparison without an end is a wrong one.
 
     Raises:
         ValueError: a contract without tags, which has no format to judge.
@@ -41,12 +43,8 @@ def judge(contract: PromptContract, completion: Completion, answer: str) -> Judg
     if contract.tags is None:
         raise ValueError(f"the contract {contract.name} has no tags")
     match = contract.tags.pattern.fullmatch(contract.tags.working_start + completion.text)
-    right = match is not None and plain(match[2]) == plain(answer)
+    right = match is not None and grade(match[2], answer) in RIGHT
     return Judged(completion.text, completion.tokens, match is not None, right)
-
-
-def plain(answer: str) -> str:
-    return "".join(answer.split()).replace(",", "")
 
 
 def share(flags: Sequence[bool]) -> Interval:
