@@ -14,7 +14,7 @@ HELD_OUT = 50  # problems
 MAX_NEW = 80  # tokens of an answer; a solution of the training data has at most 75
 
 # A learning rate that is high for a small model and a short run: the format is there after about twenty steps.
-RECIPE = {"tokens_per_step": 1024, "max_steps": 45, "lr": 1e-3, "lr_scheduler": "cosine", "max_seq_length": 256}
+RECIPE = {"tokens_per_step": 1024, "max_steps": 32, "lr": 1e-3, "lr_scheduler": "cosine", "max_seq_length": 256}
 
 
 def run(output: Path, samples: int | None, max_steps: int | None, processes: int | None) -> None:
