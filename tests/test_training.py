@@ -429,7 +429,7 @@ def test_fused_linears_are_trained_where_a_model_has_them(here, call, tmp_path):
         (("--lora-targets", "q_proj,w_proj"), "The model has no layer w_proj (--lora-targets)."),
         (("--full-finetuning", "--model", "{run}"), "--full-finetuning cannot start from the adapter"),
         (("--report-to", "wandb"), "--report-to wandb: wandb is not installed."),
-        (("--resume", "nowhere"), "--resume nowhere is not a complete checkpoint."),
+        (("--resume", "nowhere"), "--resume nowhere: there is no such directory."),
         (("--output", "rows.jsonl"), "--output rows.jsonl is a file."),
         (("--output", "model"), "--output model holds something that is no run."),
     ],

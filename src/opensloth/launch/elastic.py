@@ -121,7 +121,7 @@ def cores() -> int:
 def followed(path: Path) -> Iterator[None]:
     """Show what is written to the log `path` on stderr while the block runs. `path` may appear later."""
     done = threading.Event()
-    old = path.stat().st_ino if path.exists() else None  # an earlier run's log, until the worker starts a new one
+    old = inode(path)  # of an earlier run's log, until the worker starts a new one
     thread = threading.Thread(target=_follow, args=(path, old, done), daemon=True)
     thread.start()
     try:
@@ -131,10 +131,22 @@ def followed(path: Path) -> Iterator[None]:
         thread.join()
 
 
+def inode(path: Path) -> int | None:
+    """What tells a file from its successor of the same name; None while there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
 def _follow(path: Path, old: int | None, done: threading.Event) -> None:
-    while not path.exists() or path.stat().st_ino == old:
-        if done.wait(FOLLOW_SECONDS):
+    while True:
+        ended = done.is_set()  # asked before the look: what came before the end is shown, however short the run was
+        if inode(path) not in (None, old):
+            break
+        if ended:
             return
+        done.wait(FOLLOW_SECONDS)
     screen = Screen()
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
