@@ -17,11 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opensloth import paths
-from opensloth.data.tokens.rows import TokenRow
+from opensloth.data.tokens.rows import MASKED, TokenRow
 from opensloth.errors import UserError
 
 FILE = "data-00000-of-00001.arrow"
-MASKED = -100  # the label that torch's cross entropy ignores
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "row_id": pa.int64()})
 INFO = {
     "features": {

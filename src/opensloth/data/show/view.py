@@ -11,8 +11,8 @@ import numpy as np
 from opensloth.data.models.resolve import load_tokenizer, resolve_model, tokenizer_digest
 from opensloth.data.prepared.directory import Prepared, open_prepared
 from opensloth.data.prepared.manifest import AGAIN, DROPPED
-from opensloth.data.prepared.row_files import MASKED
 from opensloth.data.prepared.summary import Summary, summarize
+from opensloth.data.tokens.rows import MASKED
 from opensloth.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from opensloth.data.sources.rows import RawRow
 from opensloth.data.tokens.encode import encoder_of
 from opensloth.errors import UserError
 
-MASKED = -100
+MASKED = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True, slots=True)
