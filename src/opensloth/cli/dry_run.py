@@ -15,7 +15,7 @@ from opensloth import log
 from opensloth.cli.options import Request
 from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import SftOptions, TrainOptions
 from opensloth.errors import UserError
 from opensloth.launch.world import speaks
 
@@ -148,7 +148,7 @@ def estimated_rows(job: DataJob, known: int | None, last_line: int) -> int | Non
     return known
 
 
-def estimated_steps(job: TrainOptions, rows: int, tokens: int, processes: int) -> Figures:
+def estimated_steps(job: SftOptions, rows: int, tokens: int, processes: int) -> Figures:
     from opensloth.data.plan.schedule import rows_per_step
     from opensloth.data.plan.shards import auto_tokens_per_step
 

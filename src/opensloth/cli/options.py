@@ -17,11 +17,19 @@ import typer
 from opensloth.cli.program import reader_may_leave
 from opensloth.config.base import Declared, Resolved, Settings, declared, resolve
 
-PANELS = {"ModelOptions": "Model", "DataOptions": "Data", "TrainOptions": "Training", "LaunchOptions": "Launch"}
+PANELS = {
+    "ModelOptions": "Model",
+    "DataOptions": "Data",
+    "PromptOptions": "Data",
+    "TrainOptions": "Training",
+    "SftOptions": "Training",
+    "GrpoOptions": "GRPO",
+    "LaunchOptions": "Launch",
+}
 ADAPTER_PANEL = "Adapter and weights"
 ADAPTER_PREFIXES = ("lora_", "load_in_", "use_rslora", "full_finetuning", "dtype")
 OWN_PANEL = "This command"
-PANEL_ORDER = (OWN_PANEL, "Model", "Data", "Training", ADAPTER_PANEL, "Launch")
+PANEL_ORDER = (OWN_PANEL, "Model", "Data", "GRPO", "Training", ADAPTER_PANEL, "Launch")
 COMMON = {
     "config": "A YAML file of settings, one `name: value` a line; flags win over it.",
     "dry_run": "Print the resolved job and what it needs, and touch nothing.",
@@ -110,10 +118,10 @@ def by_panel(settings: type[Settings]) -> dict[str, list[Declared]]:
 
 
 def panel(settings: type[Settings], name: str) -> str:
-    """The heading of a setting: that of the group that declares it."""
+    """The heading of a setting: that of the group that declares it first, whoever gives it another default."""
     if name.startswith(ADAPTER_PREFIXES):
         return ADAPTER_PANEL
-    owner = next(group for group in settings.__mro__ if name in vars(group).get("__annotations__", {}))
+    owner = next(group for group in reversed(settings.__mro__) if name in vars(group).get("__annotations__", {}))
     return PANELS.get(owner.__name__, OWN_PANEL)
 
 

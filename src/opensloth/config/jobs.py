@@ -4,12 +4,18 @@ from pathlib import Path
 
 from opensloth.config.base import Settings, option
 from opensloth.config.data import DataOptions
-from opensloth.config.run import LaunchOptions, ModelOptions, TrainOptions
+from opensloth.config.run import GrpoOptions, LaunchOptions, ModelOptions, SftOptions, TrainOptions
 
-METHODS = ("sft",)
+METHODS = ("sft", "grpo")
 
 
-class DataJob(ModelOptions, DataOptions):
+class PromptOptions(Settings):
+    """What only data for GRPO has."""
+
+    max_prompt_len: int = option(1024, "The longest prompt of data for GRPO, in tokens; longer ones are dropped.", ge=1)
+
+
+class DataJob(ModelOptions, DataOptions, PromptOptions):
     """`os-data INPUT`: source rows to a directory of prepared data."""
 
     input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
@@ -19,8 +25,8 @@ class DataJob(ModelOptions, DataOptions):
     force: bool = option(False, "Replace what is in the output directory.", short="f", off="-")
 
 
-class SftJob(LaunchOptions, TrainOptions):
-    """`os-sft DIR`: prepared data to an adapter. What the data fixes comes from its manifest."""
+class RunJob(LaunchOptions, TrainOptions):
+    """Prepared data to an adapter. What the data fixes comes from its manifest."""
 
     data: Path = option(..., "The directory that os-data left.", hidden=True)
     model: str | None = option(None, "The model, if not the one that the data was prepared for.", shown="the data's")
@@ -29,16 +35,35 @@ class SftJob(LaunchOptions, TrainOptions):
     seed: int | None = option(
         None, "Seeds the order of steps and the adapter's first weights.", shown="the data's", ge=0, lt=2**32
     )
-    output: Path | None = option(None, "The run directory.", shown="outputs/sft-<model>-<data>-<hash>")
+    output: Path | None = option(None, "The run directory.", shown="outputs/<method>-<model>-<data>-<hash>")
     force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
 
 
-class TrainSftJob(LaunchOptions, TrainOptions, ModelOptions, DataOptions):
-    """`os-train sft INPUT`: both of the above in one command. The shards follow the number of processes."""
+class SftJob(SftOptions, RunJob):
+    """`os-sft DIR`."""
+
+
+class GrpoJob(GrpoOptions, RunJob):
+    """`os-grpo DIR`."""
+
+
+class TrainSftJob(SftOptions, LaunchOptions, ModelOptions, DataOptions):
+    """`os-train sft INPUT`: preparation and training in one command. The shards follow the number of processes."""
 
     input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
     output: Path | None = option(None, "The run directory.", shown="outputs/sft-<model>-<data>-<hash>")
     force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
+
+
+class TrainGrpoJob(GrpoOptions, LaunchOptions, ModelOptions, DataOptions, PromptOptions):
+    """`os-train grpo INPUT`: the same for GRPO."""
+
+    input: str = option(..., "A hub data set id, a file, a saved directory, or sample:arithmetic.", hidden=True)
+    output: Path | None = option(None, "The run directory.", shown="outputs/grpo-<model>-<data>-<hash>")
+    force: bool = option(False, "Start anew in a directory that holds another run.", short="f", off="-")
+
+
+TRAINING: dict[str, type[RunJob]] = {"sft": SftJob, "grpo": GrpoJob}
 
 
 class EvalJob(Settings):

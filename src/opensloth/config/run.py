@@ -10,6 +10,9 @@ COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit")
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+ROLLOUTS = ("auto", "generate")
+ZERO_SIGNAL = ("warn", "stop")
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,12 +38,8 @@ class TrainOptions(Settings):
     max_grad_norm: float = option(1.0, "Clip the gradient of all processes to this norm (0: never).", ge=0)
     optim: str = option("auto", "The optimizer; auto is AdamW, fused on a GPU.", choices=OPTIMIZERS)
 
-    tokens_per_step: int | str = option(
-        "auto",
-        "Real tokens of one optimizer step over all processes; auto: a hundredth of an epoch's, in 1,024..65,536.",
-    )
     pack_tokens: int | str = option("auto", "Tokens that go through the model at once; auto goes by free memory.")
-    batch_size: int | None = option(None, "Rows per process and micro-batch, instead of --tokens-per-step.", ge=1)
+    batch_size: int | None = option(None, "Rows per process and micro-batch, instead of --pack-tokens.", ge=1)
     grad_accum: int | None = option(None, "Micro-batches per optimizer step, with --batch-size.", shown="1", ge=1)
 
     lora_r: int = option(16, "The rank of the adapter.", ge=1)
@@ -77,7 +76,7 @@ class TrainOptions(Settings):
     def percent(cls, value: object) -> object:
         return float(value[:-1]) / 100 if isinstance(value, str) and value.endswith("%") else value
 
-    @field_validator("tokens_per_step", "pack_tokens")
+    @field_validator("tokens_per_step", "pack_tokens", check_fields=False)
     @classmethod
     def auto_or_tokens(cls, value: int | str) -> int | str:
         if value == "auto":
@@ -114,10 +113,81 @@ class TrainOptions(Settings):
             raise ValueError("--full-finetuning cannot train a quantized base: drop --load-in-4bit/--load-in-8bit")
         if self.grad_accum and not self.batch_size:
             raise ValueError("--grad-accum counts micro-batches of --batch-size rows: give --batch-size too")
-        if self.batch_size and self.tokens_per_step != "auto":
-            raise ValueError("--batch-size and --tokens-per-step both fix the size of a step: give one of them")
         if self.batch_size and self.pack_tokens != "auto":
             raise ValueError("--batch-size and --pack-tokens both fix the size of a micro-batch: give one of them")
+        return self
+
+
+class SftOptions(TrainOptions):
+    """What only SFT has."""
+
+    tokens_per_step: int | str = option(
+        "auto",
+        "Real tokens of one optimizer step over all processes; auto: a hundredth of an epoch's, in 1,024..65,536.",
+    )
+
+    @model_validator(mode="after")
+    def one_size_of_a_step(self) -> "SftOptions":
+        if self.batch_size and self.tokens_per_step != "auto":
+            raise ValueError("--batch-size and --tokens-per-step both fix the size of a step: give one of them")
+        return self
+
+
+class GrpoOptions(TrainOptions):
+    """What only GRPO has, and its own defaults of what both have. An adapter to start from keeps its r and alpha."""
+
+    lr: float = option(1e-5, "The peak learning rate.", gt=0)
+    lr_scheduler: str = option("constant", "How the learning rate falls after the warm-up.", choices=SCHEDULERS)
+    warmup_steps: float = option(0.0, "Warm-up: steps, or below 1 a share of them (0.03 or 3%).", ge=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay.", ge=0)
+    max_grad_norm: float = option(0.5, "Clip the gradient of all processes to this norm (0: never).", ge=0)
+    save_steps: int = option(25, "Write a checkpoint every N steps.", ge=1)
+
+    task: str = option("math", "A preset of rewards; os-grpo --list-rewards shows them.")
+    rewards: str | None = option(
+        None, "Rewards instead of the preset's, with weights: math_answer,math_format=0.5,FILE.py:FUNCTION=2."
+    )
+    prompts_per_step: int = option(8, "Prompts of one batch of completions, over all processes.", ge=1)
+    group_size: int = option(8, "Completions of each prompt, which are compared with each other.", ge=1)
+    updates_per_batch: int = option(1, "Optimizer steps on each batch of completions.", ge=1)
+
+    max_new: int = option(512, "Tokens of a completion at most.", ge=1)
+    temperature: float = option(1.0, "Of sampling, and of the log-probabilities that train.", gt=0)
+    top_p: float = option(1.0, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1)
+    top_k: int = option(0, "Sample from the K likeliest tokens (0: all).", ge=0)
+    min_p: float = option(0.0, "Leave out tokens below this share of the likeliest one's probability.", ge=0, lt=1)
+    stop: tuple[str, ...] = option((), "Tokens that end a completion.", shown="the contract's")
+
+    beta: float = option(0.0, "Weight of the KL divergence from the model that training starts from.", ge=0)
+    loss: str = option(
+        "dapo", "How token losses are averaged (arXiv 2503.14476, 2402.03300, 2503.20783).", choices=LOSSES
+    )
+    clip: float = option(
+        0.2, "How far a token's probability may move from that of the sampler: 1 - clip to 1 + clip.", gt=0
+    )
+
+    rollout: str = option("auto", "How completions are made; auto is the fastest that is there.", choices=ROLLOUTS)
+    print_samples_every: int = option(10, "Show a completion every N batches of them (0: never).", ge=0)
+    zero_signal: str = option(
+        "warn", "What to do where no group has a spread of rewards, so that nothing is learned.", choices=ZERO_SIGNAL
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def several_texts(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def batch_adds_up(self) -> "GrpoOptions":
+        if self.group_size < 2:
+            raise ValueError(
+                "--group-size 1: a completion is judged against the others of its group, so there must be at least 2"
+            )
+        if self.save_steps % self.updates_per_batch:
+            raise ValueError(
+                f"--save-steps {self.save_steps} is no multiple of --updates-per-batch {self.updates_per_batch}: "
+                "a run goes on between two batches of completions, not within one"
+            )
         return self
 
 

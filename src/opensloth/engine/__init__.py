@@ -2,13 +2,13 @@
 
 import torch
 
-from opensloth.config.jobs import SftJob
+from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.engine import choose
 from opensloth.engine.model import Engine
 
 
-def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool, longest: int) -> Engine:
+def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool, longest: int) -> Engine:
     """Choose the engine by its written rule (engine/choose.py) and load the model with it.
 
     Args:

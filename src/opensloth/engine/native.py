@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from opensloth.config.jobs import SftJob
+from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, lora
 from opensloth.engine.loss import pack_loss, padded_loss
@@ -15,7 +15,7 @@ from opensloth.engine.model import Engine
 from opensloth.errors import UserError
 
 
-def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool) -> Engine:
+def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool) -> Engine:
     """Load weights onto `device` and attach or take over the adapter.
 
     Raises:
@@ -54,7 +54,7 @@ def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing
 
 
 def with_adapter(
-    model: PreTrainedModel, job: SftJob, ref: ModelRef, seed: int, notes: list[str]
+    model: PreTrainedModel, job: RunJob, ref: ModelRef, seed: int, notes: list[str]
 ) -> PreTrainedModel | PeftModel:
     """The model with what trains: a new adapter, the given one, or all of its weights."""
     if job.full_finetuning:
@@ -70,12 +70,12 @@ def with_adapter(
     return adapted
 
 
-def weights_dtype(job: SftJob, dtype: torch.dtype) -> torch.dtype:
+def weights_dtype(job: RunJob, dtype: torch.dtype) -> torch.dtype:
     """The type weights are kept in: fp32 where all of them train, the compute type where they are frozen."""
     return torch.float32 if job.full_finetuning else dtype
 
 
-def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_base(job: RunJob, ref: ModelRef, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     options: dict[str, Any] = {
         "revision": ref.revision,
         "trust_remote_code": job.trust_remote_code,
@@ -95,7 +95,7 @@ def load_base(job: SftJob, ref: ModelRef, dtype: torch.dtype, device: torch.devi
     return model
 
 
-def quantization(job: SftJob, dtype: torch.dtype) -> Any:
+def quantization(job: RunJob, dtype: torch.dtype) -> Any:
     """bitsandbytes' settings: nf4 with double quantization as in QLoRA (arXiv 2305.14314), or LLM.int8."""
     try:
         import bitsandbytes  # noqa: F401

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from opensloth.config.jobs import SftJob
+from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import choose, lora
 from opensloth.engine.loss import IGNORED
 from opensloth.engine.model import Engine
 
 
-def load(job: SftJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool, longest: int) -> Engine:
+def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing: bool, longest: int) -> Engine:
     """Load weights through unsloth and attach or take over the adapter."""
     from unsloth import FastLanguageModel
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import SftOptions
 from opensloth.data.plan.shards import auto_tokens_per_step, deal_step, optimizer_steps
 from opensloth.data.prepared.prepare import Prepared
 from opensloth.errors import UserError
@@ -78,7 +78,7 @@ def padded_batches(rows: Rows, lengths: Rows, capacity: int) -> list[list[int]]:
 
 
 def schedule(
-    prepared: Prepared, options: TrainOptions, *, seed: int, processes: int, packing: bool | None = None
+    prepared: Prepared, options: SftOptions, *, seed: int, processes: int, packing: bool | None = None
 ) -> Schedule:
     """Lay out a run.
 
@@ -122,7 +122,7 @@ def schedule(
     return Schedule(steps, epoch, prepared.lengths, prepared.trained, tokens_per_step, options.batch_size, packing)
 
 
-def rows_per_step(options: TrainOptions, processes: int) -> int:
+def rows_per_step(options: SftOptions, processes: int) -> int:
     """The rows of a step over all processes, with --batch-size."""
     return (options.batch_size or 1) * (options.grad_accum or 1) * processes
 
