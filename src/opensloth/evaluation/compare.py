@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from opensloth import log
 from opensloth.config.jobs import EvalJob
@@ -123,15 +122,15 @@ def report(job: EvalJob, ref: ModelRef, contract: PromptContract, problems: Sequ
     def answers(title: str, asked: Sequence[Any], golds: Sequence[str], temperature: float) -> list[Judged]:
         with log.progress(f"{title} of {ref.name}", len(asked), "answers") as progress:
             written = complete(
-                model, tokenizer, contract, asked, max_new=job.max_new, temperature=temperature, done=progress
-            )
+                model, tokenizer, contract, asked,
+                max_new=job.max_new, temperature=temperature, seed=job.seed, done=progress,
+            )  # fmt: skip
         return [judge(contract, one, gold) for one, gold in zip(written, golds, strict=True)]
 
     golds = [example.answer or "" for example in problems]
     greedy = answers("answers", conversations, golds, 0.0)
     sampled: list[list[Judged]] = []
     if job.group_size > 1:
-        set_seed(job.seed)
         size = job.group_size
         many = [messages for messages in conversations for _ in range(size)]
         flat = answers("samples", many, [gold for gold in golds for _ in range(size)], job.temperature)

@@ -1,4 +1,4 @@
-"""Completions of prompts, in batches, on any device: the plain path through transformers' `generate`."""
+"""Models as they answer held-out problems: loaded without what only training needs, completions as text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.engine import lora
-
-BATCH = {"cpu": 25, "cuda": 256}  # prompts at once; on two cores a larger batch is not faster
+from opensloth.rollout.generate import Rollout, generate
+from opensloth.rollout.sampling import Noise, Sampling
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ def load_for_inference(
     return model.eval()
 
 
-@torch.no_grad()
 def complete(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,6 +52,7 @@ def complete(
     *,
     max_new: int,
     temperature: float = 0.0,
+    seed: int = 0,
     done: Callable[[int], None],
 ) -> list[Completion]:
     """Completions, in the order of the conversations.
@@ -61,33 +61,24 @@ def complete(
         conversations: messages up to the turn that the model is to write.
         max_new: tokens of a completion at most; a longer one is cut.
         temperature: 0 is greedy.
+        seed: of what is sampled.
         done: called with the number of finished conversations.
     """
-    prompts = [contract.prompt_ids(tokenizer, messages) for messages in conversations]
     stops = [token for token in map(tokenizer.convert_tokens_to_ids, contract.stop) if isinstance(token, int)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # similar lengths together
-    found: dict[int, Completion] = {}
-    size = BATCH["cuda" if model.device.type == "cuda" else "cpu"]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        longest = max(len(prompts[index]) for index in batch)
-        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new,
-            eos_token_id=stops,
-            pad_token_id=pad,
-            use_cache=True,
-            **sampling,
-        )
-        for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(row) if token in stops), len(row))
-            found[index] = Completion(str(tokenizer.decode(row[:end])), min(end + 1, len(row)))
-        done(min(start + size, len(order)))
-    return [found[index] for index in range(len(prompts))]
+    written = generate(
+        model,
+        [contract.prompt_ids(tokenizer, messages) for messages in conversations],
+        stops=stops,
+        pad=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else stops[0],
+        max_new=max_new,
+        sampling=Sampling(temperature),
+        noise=Noise(seed, 0, tuple(range(len(conversations)))),
+        done=done,
+    )
+    return [completion(tokenizer, one, stops) for one in written]
+
+
+def completion(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, stops: Sequence[int]) -> Completion:
+    """A rollout as text, without the token that ended it."""
+    text = rollout.ids[:-1] if rollout.ids[-1] in stops else rollout.ids
+    return Completion(str(tokenizer.decode(text)), len(rollout.ids))

@@ -1,0 +1,1 @@
+"""Completions for training and evaluation: sampled by noise that depends on nothing but where a token stands."""

@@ -1,0 +1,165 @@
+"""Completions of prompts by exactly the policy that trains: the model as it is, its adapter unmerged.
+
+The plain path through transformers' `generate`, which serves every causal model and engine. It brings no choice of its
+own: the token of each step is chosen by `sampling.choose`, and `generate` is left with nothing else to pick.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from opensloth.engine import attention
+from opensloth.rollout.sampling import Noise, Sampling, choose
+
+BATCH = {"cpu": 64, "cuda": 256}  # completions at once
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion: its ids with the stop token (unless it was cut), and the log-probability of each."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    pad: int,
+    max_new: int,
+    sampling: Sampling,
+    noise: Noise | None = None,
+    batch: int | None = None,
+    done: Callable[[int], None] | None = None,
+) -> list[Rollout]:
+    """Completions, in the order of the prompts.
+
+    Args:
+        model: a causal model, with or without an adapter, or the DistributedDataParallel around it.
+        prompts: ids; a prompt that stands there K times is completed K times.
+        stops: ids that end a completion.
+        pad: any id; padding is masked.
+        max_new: tokens of a completion at most; a longer one is cut.
+        noise: one slot for each prompt; None only for greedy.
+        batch: completions made at once. What is written does not depend on it, but for rounding.
+        done: called with the number of finished completions.
+    Raises:
+        ValueError: sampling without noise, or with another number of slots than prompts; an empty prompt.
+        FloatingPointError: the model's logits are not finite.
+    """
+    if not sampling.greedy and (noise is None or len(noise.slots) != len(prompts)):
+        raise ValueError("sampling needs noise with one slot for each prompt")
+    if not all(prompts) or max_new < 1:
+        raise ValueError("a prompt needs at least one token, and so does a completion")
+    uniforms = None if sampling.greedy or noise is None else torch.from_numpy(noise.uniforms(max_new))
+    # similar lengths together, and the completions of one prompt beside each other
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), tuple(prompts[index])))
+    found: dict[int, Rollout] = {}
+    with as_policy(model) as policy:
+        device = next(policy.parameters()).device
+        size = batch or BATCH.get(device.type, BATCH["cpu"])
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            numbers = None if uniforms is None else uniforms[rows].to(device)
+            written = complete(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
+            found.update(zip(rows, written, strict=True))
+            if done is not None:
+                done(len(found))
+    return [found[index] for index in range(len(prompts))]
+
+
+def complete(
+    policy: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    pad: int,
+    max_new: int,
+    sampling: Sampling,
+    uniforms: torch.Tensor | None,
+) -> list[Rollout]:
+    """One batch, padded on the left. `uniforms`: (prompts, max_new), on the model's device."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = next(policy.parameters()).device
+    chooser = Chooser(sampling, uniforms)
+    settings = GenerationConfig(
+        max_new_tokens=max_new, do_sample=False, use_cache=True, eos_token_id=list(stops) or None, pad_token_id=pad
+    )
+    out = policy.generate(  # type: ignore[operator]
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([chooser]),
+    )
+    logprobs = torch.stack(chooser.logprobs, 1).tolist()
+    return [rollout(tokens, values, stops) for tokens, values in zip(out[:, longest:].tolist(), logprobs, strict=True)]
+
+
+class Chooser(LogitsProcessor):  # type: ignore[misc]
+    """Chooses the token of each step and leaves only that one to `generate`."""
+
+    def __init__(self, sampling: Sampling, uniforms: torch.Tensor | None) -> None:
+        self.sampling = sampling
+        self.uniforms = uniforms
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        numbers = None if self.uniforms is None else self.uniforms[:, len(self.logprobs)]
+        chosen, logprobs = choose(scores, self.sampling, numbers)
+        self.logprobs.append(logprobs)
+        return scores.fill_(-torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def rollout(tokens: Sequence[int], logprobs: Sequence[float], stops: Sequence[int]) -> Rollout:
+    """What stands up to the first stop token, with it."""
+    end = next((at + 1 for at, token in enumerate(tokens) if token in stops), len(tokens))
+    if any(value != value for value in logprobs[:end]):
+        raise FloatingPointError("the model's logits are not finite: its weights or its number type are broken")
+    return Rollout(list(tokens[:end]), list(logprobs[:end]))
+
+
+@contextmanager
+def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model ready to write, and on leaving as it was, whatever happened.
+
+    No dropout, no gradients, no recomputation (it drops the cache), nothing compiled (each length would be compiled
+    anew), attention over padded batches, and none of the habits that come with a hub model: temperature, penalties and
+    forced tokens of its generation_config would make another policy of it.
+    """
+    policy: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    modules = list(policy.modules())
+    training = [(module, module.training) for module in modules]
+    recomputing = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    habits = [(module, module.generation_config) for module in modules if "generation_config" in vars(module)]
+    implementation, cached = base.config._attn_implementation, base.config.use_cache
+    try:
+        policy.eval()
+        for module in recomputing:
+            module.gradient_checkpointing = False
+        for module, _ in habits:
+            module.generation_config = GenerationConfig()
+        if implementation == attention.NAME:
+            base.set_attn_implementation("sdpa")
+        base.config.use_cache = True
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield policy
+    finally:
+        base.config.use_cache = cached
+        if implementation == attention.NAME:
+            base.set_attn_implementation(implementation)
+        for module, config in habits:
+            module.generation_config = config
+        for module in recomputing:
+            module.gradient_checkpointing = True
+        for module, was in training:
+            module.training = was
