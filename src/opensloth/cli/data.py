@@ -52,6 +52,10 @@ app = new_app("Prepare data for training: os-data INPUT --model MODEL.", cls=Def
 
 
 def prepare(request: Request[DataJob]) -> None:
+    origin = request.resolved.origins["max_prompt_len"]
+    if request.job.method == "sft" and origin != "default":
+        where = "--max-prompt-len" if origin == "flag" else f"{origin.removeprefix('config ')}: max_prompt_len"
+        raise UserError(f"{where} is for --method grpo.", "Data for SFT has --max-seq-length.")
     if request.dry_run:
         from opensloth.cli.dry_run import plan_data
 

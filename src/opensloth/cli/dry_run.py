@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log
+from opensloth.cli.model_facts import config_of
 from opensloth.cli.options import Request
 from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
@@ -77,40 +78,39 @@ def data_figures(job: DataJob) -> tuple[Figures, int, int]:
     """
     from opensloth.data.messages.examples import detect_format, parse_mapping
     from opensloth.data.models.resolve import load_tokenizer
-    from opensloth.data.prepared.build import Recipe
-    from opensloth.data.prompt.choose import contract_for
+    from opensloth.data.prepared.prepare import recipe_for
     from opensloth.data.sources.open import is_path, open_source
 
     if not is_local(job.input) and not is_path(job.input):
         return {"data": "not estimated: that would fetch the data set from the hub"}, 0, 0
     source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
-    row_format = detect_format(source.columns, parse_mapping(list(job.map)))
+    detect_format(source.columns, parse_mapping(list(job.map)), job.method)
     model = local_model(job.model, job.revision)
     if isinstance(model, str):
         return {"data": f"not estimated: {model}"}, 0, 0
     tokenizer = load_tokenizer(model, job.trust_remote_code)
-    contract = contract_for(
-        tokenizer, job.chat_template, job.system, model.adapter, text_only=row_format.name == "text"
-    )
-    recipe = Recipe(
-        model, job.trust_remote_code, contract, row_format, job.target_only, job.max_seq_length, job.overlong
-    )
+    recipe = recipe_for(job, source, model, tokenizer)
     first = list(islice(source.rows(), FIRST_ROWS))
-    kept, dropped = recipe.builder().build(first)
+    kept, dropped = recipe.builder(tokenizer).build(first)
     whole = len(first) < FIRST_ROWS
     rows_in = len(first) if whole else estimated_rows(job, source.size, first[-1].line)
     figures = {"judged by": f"all {len(first):,} rows" if whole else f"the first {len(first):,} rows: an estimate"}
-    figures["row format"] = row_format.name
+    figures["row format"] = recipe.row_format.name
+    unit, ids = ("prompts", "prompt tokens") if job.method == "grpo" else ("rows", "tokens")
     if rows_in is None:
-        figures["rows"] = f"{len(kept):,} of the first {len(first):,}"
+        figures[unit] = f"{len(kept):,} of the first {len(first):,}"
         return figures, 0, 0
     share = rows_in / max(len(first), 1)
     rows, tokens = round(len(kept) * share), round(sum(len(row.input_ids) for row in kept) * share)
     about = "" if whole else "about "
-    figures["rows"] = f"{about}{rows:,} of {rows_in:,}" + (
+    figures[unit] = f"{about}{rows:,} of {rows_in:,}" + (
         f", {round(len(dropped) * share):,} dropped" if dropped else ""
     )
-    figures["tokens"] = f"{about}{tokens:,}"
+    figures[ids] = f"{about}{tokens:,}"
+    if job.method == "grpo":
+        longest = max((len(row.input_ids) for row in kept), default=0)
+        figures["longest prompt"] = f"{longest:,} tokens" + ("" if whole else " so far")
+        return figures, rows, tokens
     packs = max(math.ceil(tokens / job.max_seq_length), 1) if job.packing else rows
     figures["packs"] = f"about {packs:,} of at most {job.max_seq_length:,} tokens, shards: {job.gpus}"
     figures["disk"] = f"{about}{size(tokens * BYTES_PER_TOKEN)} of prepared data"
@@ -181,18 +181,12 @@ def memory_figures(
     if isinstance(model, str):
         return {"memory": f"not estimated: {model}"}
     import torch
-    from transformers import AutoConfig
 
     from opensloth.engine import choose, memory
 
     device = torch.device(world.devices[0])
     dtype = getattr(torch, choose.dtype(job, device).value)
-    # unless told, transformers asks on the terminal whether the model's code may run
-    trusted = bool(getattr(job, "trust_remote_code", False))
-    try:
-        config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=trusted)
-    except (OSError, ValueError) as error:  # an unknown architecture, or one with code of its own
-        raise UserError(f"{model.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    config = config_of(model, bool(getattr(job, "trust_remote_code", False)))
     need = memory.estimate(config, job, dtype.itemsize)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":

@@ -12,11 +12,11 @@ from opensloth.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Shape:
-    """The roles of a format. `answered`: its rows hold a final answer apart, as GRPO needs it."""
+    """The roles of a format. `gold` is the one that holds a final answer apart, as GRPO needs it."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    answered: bool = False
+    gold: str | None = None
 
 
 # In order of preference where a row has the columns of several.
@@ -25,12 +25,13 @@ SHAPES: dict[str, Shape] = {
     "conversations": Shape(("conversations",), ("system",)),
     "prompt-completion": Shape(("prompt", "completion"), ("system",)),
     "alpaca": Shape(("instruction", "output"), ("input", "system")),
-    "openmath": Shape(("problem", "generated_solution", "expected_answer"), ("system",), answered=True),
-    "prompt-solution": Shape(("prompt", "solution"), ("system",), answered=True),
-    "problem-answer": Shape(("problem", "answer"), ("solution", "system"), answered=True),
-    "gsm8k": Shape(("question", "answer"), ("system",), answered=True),
+    "openmath": Shape(("problem", "generated_solution", "expected_answer"), ("system",), gold="expected_answer"),
+    "prompt-solution": Shape(("prompt", "solution"), ("system",), gold="solution"),
+    "problem-answer": Shape(("problem", "answer"), ("solution", "system"), gold="answer"),
+    "gsm8k": Shape(("question", "answer"), ("system",), gold="answer"),
     "text": Shape(("text",)),
 }
+PROMPT_ROLES = ("prompt", "problem", "question", "system")  # of the formats with a gold answer
 ROLES = tuple(dict.fromkeys(role for shape in SHAPES.values() for role in (*shape.required, *shape.optional)))
 
 # Names that other data sets use for a role: they make the suggestion of a --map better.
@@ -80,7 +81,7 @@ def choose_format(columns: list[str], mapping: Mapping[str, str], method: str = 
             hint = nearest(column, columns) or f"Columns: {', '.join(columns)}."
             raise UserError(f"--map {role}={column}: the rows have no column {column}.", hint)
     present = set(columns)
-    shapes = {name: shape for name, shape in SHAPES.items() if shape.answered or method != "grpo"}
+    shapes = {name: shape for name, shape in SHAPES.items() if shape.gold or method != "grpo"}
     for name, shape in shapes.items():
         # A column that was given to one role is no longer its namesake: --map prompt=answer takes `answer` away.
         roles = {

@@ -1,4 +1,4 @@
-"""Source rows to encoded token rows: in this process for a little data, in a pool of workers for much.
+"""Source rows to encoded rows: in this process for a little data, in a pool of workers for much.
 
 Memory is bounded whatever the source's size: rows travel in batches, a few batches are under way at a time, and they
 come back in the source's order.
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from opensloth import log
 from opensloth.data.messages.examples import RowFormat
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
-from opensloth.data.prepared.row_files import EncodedRows, encode
+from opensloth.data.prepared.row_files import EncodedRows, encode, encode_prompts
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.sources.open import RawRow
+from opensloth.data.tokens.prompts import PromptBuilder
 from opensloth.data.tokens.rows import DroppedRow, RowBuilder
 from opensloth.errors import WorkerFailed
 
@@ -34,10 +35,15 @@ BATCH_CHARACTERS = 2_000_000  # ends a batch of long rows early, so that a batch
 LITTLE = 8  # so many batches are done sooner here than processes start
 UNDER_WAY = 3  # batches per worker
 
+Builder = RowBuilder | PromptBuilder
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a process needs to turn source rows into token rows; small and picklable."""
+    """All that a process needs to turn source rows into prepared ones; small and picklable.
+
+    With `max_prompt_len` they are prompts for GRPO; without it, token rows for SFT.
+    """
 
     model: ModelRef
     trust_remote_code: bool
@@ -46,10 +52,20 @@ class Recipe:
     target_only: bool
     max_seq_length: int
     overlong: str
+    max_prompt_len: int | None = None
 
-    def builder(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> RowBuilder:
+    def builder(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Builder:
+        tokenizer = tokenizer or load_tokenizer(self.model, self.trust_remote_code)
+        if self.max_prompt_len is not None:
+            return PromptBuilder(
+                tokenizer,
+                self.contract,
+                self.row_format,
+                max_prompt_len=self.max_prompt_len,
+                overlong=self.overlong,
+            )
         return RowBuilder(
-            tokenizer or load_tokenizer(self.model, self.trust_remote_code),
+            tokenizer,
             self.contract,
             self.row_format,
             target_only=self.target_only,
@@ -70,7 +86,7 @@ class Built:
 def build_all(
     rows: Iterable[RawRow], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", workers: int
 ) -> Iterator[Built]:
-    """Build every row, in order. Raises what RowBuilder raises, and WorkerFailed where a process died.
+    """Build every row, in order. Raises what the builders raise, and WorkerFailed where a process died.
 
     `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves.
     """
@@ -84,7 +100,10 @@ def build_all(
         yield from build_in_pool(chain(first, batches), recipe, workers)
 
 
-def build(builder: RowBuilder, batch: list[RawRow]) -> Built:
+def build(builder: Builder, batch: list[RawRow]) -> Built:
+    if isinstance(builder, PromptBuilder):
+        prompts, dropped = builder.build(batch)
+        return Built(len(batch), encode_prompts(prompts), dropped)
     kept, dropped = builder.build(batch)
     return Built(len(batch), encode(kept), dropped)
 
@@ -107,7 +126,7 @@ def build_in_pool(batches: Iterator[list[RawRow]], recipe: Recipe, workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-_builder: RowBuilder | None = None  # of this worker process
+_builder: Builder | None = None  # of this worker process
 
 
 def start_worker(recipe: Recipe) -> None:

@@ -26,9 +26,9 @@ class Prepared:
     """An open directory of prepared data.
 
     Attributes:
-        rows: the token rows, memory-mapped.
+        rows: the rows, memory-mapped: `rows.row(i)` for SFT, `rows.prompt(i)` for GRPO.
         plan: the columns of plan.parquet by name, in the global order; `split` is "train" or "eval".
-        lengths, trained: tokens and trained tokens of each row, by its index in `rows`.
+        lengths, trained: tokens and trained tokens of each row, by its index in `rows`. Of a prompt none is trained.
         is_eval: whether a row belongs to the eval split, by its index in `rows`.
     """
 
@@ -49,7 +49,7 @@ def open_prepared(directory: Path) -> Prepared:
     contract = PromptContract.load(directory / CONTRACT)
     if contract.hash != manifest.contract_hash:
         raise UserError(f"{directory / CONTRACT} is not the prompt contract that the rows were rendered with.", AGAIN)
-    rows = Rows(directory / ROWS)
+    rows = Rows(directory / ROWS, manifest.method)
     plan, shape = read_plan(directory, manifest)
     if len(rows) != manifest.rows_kept:
         raise UserError(f"{rows.path} holds {len(rows):,} rows instead of {manifest.rows_kept:,}.", AGAIN)
@@ -75,20 +75,22 @@ def reshard(directory: Path, shards: int) -> Prepared:
     if prepared.manifest.shards == shards:
         return prepared
     options = {**prepared.manifest.options, "gpus": shards}
-    table = plan_for(prepared.lengths, prepared.trained, options)
+    table = plan_for(prepared.lengths, prepared.trained, options, prepared.manifest.method)
     shape = write_plan(directory, table, prepared.manifest.digest, shards)
     prepared.manifest.model_copy(update={**shape, "options": options}).save(directory)
     return open_prepared(directory)
 
 
-def plan_for(lengths: NDArray[np.integer], trained: NDArray[np.integer], options: dict[str, Any]) -> pa.Table:
-    """The plan that the data options ask for (see shards.make_plan)."""
+def plan_for(
+    lengths: NDArray[np.integer], trained: NDArray[np.integer], options: dict[str, Any], method: str = "sft"
+) -> pa.Table:
+    """The plan that the data options ask for (see shards.make_plan). Each prompt for GRPO is a pack of its own."""
     return make_plan(
         lengths,
         trained,
         seed=options["seed"],
         max_seq_length=options["max_seq_length"],
-        packing=options["packing"],
+        packing=options["packing"] and method == "sft",
         shards=options["gpus"],
         eval_fraction=options["eval_fraction"],
     )

@@ -36,8 +36,10 @@ class Manifest(BaseModel):
         digest: of all inputs and options that the rows and the plan follow from, but for the number of shards.
         dropped: rows left out, by reason; `rows_in == rows_kept + sum(dropped.values())`.
         truncated: kept rows that were too long and lost their ends (`--overlong truncate`).
-        duplicates: kept rows whose tokens another row before them has too.
-        packs_per_shard: of the train split. The shards that lack one run an empty pack instead.
+        duplicates: kept rows whose tokens (for GRPO: and answer) another row before them has too.
+        packs_per_shard: of the train split. The shards that lack one run an empty pack instead. A prompt for GRPO
+            counts as a pack.
+        tokens: of all kept rows; for GRPO of the prompts, and `trained_tokens` is 0.
         files: bytes of each file that never changes, by its path in the directory.
     """
 

@@ -15,7 +15,8 @@ NOT_IN_DIGEST = {"gpus", "workers"}  # another number of shards is a new plan on
 
 def default_output(job: DataJob) -> Path:
     """data/<method>-<data>-<hash>: the same job always finds its own directory. Reads nothing."""
-    options = job.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"output", "force"})
+    other = {"max_prompt_len"} if job.method == "sft" else set()
+    options = job.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"output", "force"} | other)
     name = Path(job.input).name.removeprefix("sample:")
     name = re.sub(r"\.(jsonl|json|csv|parquet)(\.(gz|zst))?$", "", name)
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"

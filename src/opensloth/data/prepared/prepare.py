@@ -15,7 +15,7 @@ import numpy as np
 import opensloth
 from opensloth import log, paths
 from opensloth.config.data import DataOptions
-from opensloth.config.jobs import DataJob, part
+from opensloth.config.jobs import DataJob, PromptOptions, part
 from opensloth.data.messages.examples import detect_format, parse_mapping
 from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
 from opensloth.data.prepared.build import Recipe, build_all, cores
@@ -26,6 +26,7 @@ from opensloth.data.prepared.row_files import RowWriter
 from opensloth.data.prompt.choose import contract_for
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.sources.open import Source, open_source
+from opensloth.data.tokens.prompts import TOO_LONG, check_overlong
 from opensloth.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,11 +51,27 @@ def prepare(job: DataJob) -> Prepared:
     source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
     model = resolve_model(job.model, job.revision)
     tokenizer = load_tokenizer(model, job.trust_remote_code)
-    row_format = detect_format(source.columns, parse_mapping(list(job.map)))
+    recipe = recipe_for(job, source, model, tokenizer)
+    inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
+    with paths.one_at_a_time(output):  # several runs may start on the same data at once
+        if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
+            return ready
+        log.say(f"Rows are read as {recipe.row_format.name}; {template_in_words(recipe.contract, model)}.")
+        with paths.new_directory(output) as directory:
+            write(directory, job, source, recipe, tokenizer, inputs)
+        return open_prepared(output)
+
+
+def recipe_for(job: DataJob, source: Source, model: ModelRef, tokenizer: "PreTrainedTokenizerBase") -> Recipe:
+    """How the job turns the rows of `source` into prepared ones. Raises UserError where that cannot be."""
+    grpo = job.method == "grpo"
+    if grpo:
+        check_overlong(job.overlong)
+    row_format = detect_format(source.columns, parse_mapping(list(job.map)), job.method)
     contract = contract_for(
         tokenizer, job.chat_template, job.system, model.adapter, text_only=row_format.name == "text"
     )
-    recipe = Recipe(
+    return Recipe(
         model=model,
         trust_remote_code=job.trust_remote_code,
         contract=contract,
@@ -62,15 +79,8 @@ def prepare(job: DataJob) -> Prepared:
         target_only=job.target_only,
         max_seq_length=job.max_seq_length,
         overlong=job.overlong,
+        max_prompt_len=job.max_prompt_len if grpo else None,
     )
-    inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
-    with paths.one_at_a_time(output):  # several runs may start on the same data at once
-        if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
-            return ready
-        log.say(f"Rows are read as {row_format.name}; {template_in_words(contract, model)}.")
-        with paths.new_directory(output) as directory:
-            write(directory, job, source, recipe, tokenizer, inputs)
-        return open_prepared(output)
 
 
 def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> dict[str, Any]:
@@ -98,7 +108,8 @@ def describe(job: DataJob, source: Source, recipe: Recipe, tokenizer: str) -> di
 
 
 def job_options(job: DataJob) -> dict[str, Any]:
-    return {**part(job, DataOptions), "map": list(job.map), "gpus": job.gpus}
+    options = {**part(job, DataOptions), "map": list(job.map), "gpus": job.gpus}
+    return options if job.method == "sft" else {**options, **part(job, PromptOptions)}
 
 
 def way_out(dropped: Counter[str]) -> str:
@@ -106,6 +117,8 @@ def way_out(dropped: Counter[str]) -> str:
     reason = dropped.most_common(1)[0][0]
     if reason == "too long":
         return "Raise --max-seq-length, or cut them with --overlong truncate."
+    if reason == TOO_LONG:
+        return "Raise --max-prompt-len."
     if reason == "assistant turn without the contract's tags":
         return "Give working and answer in columns of their own, which get the tags, or choose another --chat-template."
     return "docs/data.md tells which rows are read."
@@ -165,7 +178,7 @@ def write(
     inputs: dict[str, Any],
 ) -> None:
     """Fill the new directory: rows, dropped rows, contract, plan, and the manifest last."""
-    tally = write_rows(directory, source, recipe, tokenizer, job.workers or cores())
+    tally = write_rows(directory, job.method, source, recipe, tokenizer, job.workers or cores())
     kept = sum(len(part) for part in tally.lengths)
     if not tally.rows_in:
         raise UserError(f"{source.spec} holds no rows.")
@@ -178,7 +191,7 @@ def write(
         raise UserError(message, "Mend them, or leave out --strict to drop and count them.")
     recipe.contract.save(directory / CONTRACT)
     lengths, trained = np.concatenate(tally.lengths), np.concatenate(tally.trained)
-    shape = write_plan(directory, plan_for(lengths, trained, inputs["options"]), inputs["digest"], job.gpus)
+    shape = write_plan(directory, plan_for(lengths, trained, inputs["options"], job.method), inputs["digest"], job.gpus)
     known: dict[str, Any] = {**inputs, **shape}
     Manifest(
         **known,
@@ -194,12 +207,17 @@ def write(
 
 
 def write_rows(
-    directory: Path, source: Source, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", workers: int
+    directory: Path,
+    method: str,
+    source: Source,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    workers: int,
 ) -> Tally:
     """Stream the source through the builder into rows/ and dropped.jsonl."""
     tally = Tally()
     with (
-        RowWriter(directory / ROWS) as writer,
+        RowWriter(directory / ROWS, method) as writer,
         (directory / DROPPED).open("w", encoding="utf-8") as dropped,
         log.progress("Preparing", source.size, "rows") as report,
     ):

@@ -26,10 +26,10 @@ def page(shown: View) -> str:
     parts = [
         f"<h1>{text(title)}</h1>",
         f"<table><tr><th>directory</th><td>{text(str(shown.summary.directory))}</td></tr>{figures}</table>",
-        f"<h2>Tokens of a row</h2>{bars(shown.lengths)}",
-        f"<h2>Tokens of a pack</h2>{bars(shown.fills)}",
+        f"<h2>Tokens of a {shown.unit}</h2>{bars(shown.lengths)}",
+        f"<h2>Tokens of a pack</h2>{bars(shown.fills)}" if shown.fills else "",
         f"<h2>Dropped (the first)</h2><table><tr><th>line</th><th>reason</th></tr>{drops}</table>" if drops else "",
-        "<p><span class=trained>trained</span> <span class=masked>masked</span></p>",
+        "<p><span class=trained>trained</span> <span class=masked>masked</span></p>" if shown.fills else "",
         *(row(one) for one in shown.rows),
     ]
     return (
@@ -57,7 +57,5 @@ def row(one: RowView) -> str:
     spans = "".join(
         f"<span class={'trained' if piece.trained else 'masked'}>{text(piece.text)}</span>" for piece in one.pieces
     )
-    place = f"{one.split} split, pack {one.pack}, shard {one.shard}"
-    return (
-        f"<h3>Row {one.row_id}: {one.tokens:,} tokens, {one.trained:,} trained ({text(place)})</h3><pre>{spans}</pre>"
-    )
+    known = "".join(f"<tr><th>{text(k)}</th><td>{text(v)}</td></tr>" for k, v in (one.known or {}).items())
+    return f"<h3>{text(one.title)}</h3><pre>{spans}</pre>" + (f"<table>{known}</table>" if known else "")

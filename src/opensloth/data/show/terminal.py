@@ -1,4 +1,4 @@
-"""`os-data show`: prepared data in the terminal. What is trained is green, what is masked is dim."""
+"""`os-data show`: prepared data in the terminal. What is trained is green, all else (so a whole prompt) is dim."""
 
 import os
 from pathlib import Path
@@ -53,15 +53,16 @@ def terminal(shown: View) -> RenderableType:
     parts: list[RenderableType] = [
         Text(log.printable(f"{shown.source} for {shown.model}")),
         summary_table(shown.summary),
-        heading("Tokens of a row"),
+        heading(f"Tokens of a {shown.unit}"),
         bars(shown.lengths),
-        heading("Tokens of a pack"),
-        bars(shown.fills),
     ]
+    if shown.fills:
+        parts += [heading("Tokens of a pack"), bars(shown.fills)]
     if shown.drops:
         parts += [heading("Dropped (the first)"), *(Text(log.printable(f"line {n}: {why}")) for n, why in shown.drops)]
     for row in shown.rows:
-        parts += [heading(row_title(row)), row_text(row)]
+        parts += [heading(row.title), row_text(row)]
+        parts += [known(name, value) for name, value in (row.known or {}).items()]
     return Group(*parts)
 
 
@@ -80,9 +81,8 @@ def bars(histogram: list[Bar]) -> Text:
     return Text("\n".join(lines))
 
 
-def row_title(row: RowView) -> str:
-    place = f"{row.split} split, pack {row.pack}, shard {row.shard}"
-    return f"Row {row.row_id}: {row.tokens:,} tokens, {row.trained:,} trained ({place})"
+def known(name: str, value: str) -> Text:
+    return Text.assemble((f"{log.printable(name)}: ", "bold"), log.printable(value))
 
 
 def row_text(row: RowView) -> Text:

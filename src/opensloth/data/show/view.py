@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowView:
-    """One row as text, and its place: the pack and shard of the plan, and the split."""
+    """One row as text, and its place: the pack and shard of the plan, and the split.
+
+    `known` is what a prompt for GRPO has beside its text: the gold answer and the other columns, by name.
+    """
 
     row_id: int
     tokens: int
@@ -41,6 +44,14 @@ class RowView:
     shard: int
     split: str
     pieces: list[Piece]
+    known: dict[str, str] | None = None
+
+    @property
+    def title(self) -> str:
+        size = f"Row {self.row_id}: {self.tokens:,} tokens"
+        if self.known is not None:
+            return f"{size} ({self.split} split)"
+        return f"{size}, {self.trained:,} trained ({self.split} split, pack {self.pack}, shard {self.shard})"
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,14 @@ class View:
     source: str
     model: str
     lengths: list[Bar]
-    fills: list[Bar]  # tokens in a planned pack
+    fills: list[Bar]  # tokens in a planned pack; empty for GRPO, whose prompts are not packed
     drops: list[tuple[int, str]]
     rows: list[RowView]
+
+    @property
+    def unit(self) -> str:
+        """What one row is called."""
+        return "prompt" if self.summary.method == "grpo" else "row"
 
 
 def view(directory: Path, row_id: int | None, n: int, trust_remote_code: bool) -> View:
@@ -79,13 +95,15 @@ def view(directory: Path, row_id: int | None, n: int, trust_remote_code: bool) -
             raise UserError(f"{directory} has no row {row_id}: it does not exist or was dropped.", f"See {DROPPED}.")
         indices = [index]
     tokenizer = own_tokenizer(prepared, trust_remote_code) if indices else None
-    fills = np.bincount(prepared.plan["pack"], weights=prepared.plan["length"]).astype(np.int64)
+    fills = []
+    if prepared.manifest.method == "sft":
+        fills = histogram(np.bincount(prepared.plan["pack"], weights=prepared.plan["length"]).astype(np.int64))
     return View(
         summary=summarize(prepared),
         source=prepared.manifest.source.spec,
         model=prepared.manifest.model,
         lengths=histogram(prepared.lengths),
-        fills=histogram(fills),
+        fills=fills,
         drops=first_drops(directory),
         rows=[view_row(prepared, tokenizer, index) for index in indices] if tokenizer is not None else [],
     )
@@ -103,17 +121,29 @@ def own_tokenizer(prepared: Prepared, trust_remote_code: bool) -> "PreTrainedTok
 
 
 def view_row(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", index: int) -> RowView:
-    row = prepared.rows.row(index)
+    known: dict[str, str] | None = None
+    if prepared.manifest.method == "grpo":
+        prompt = prepared.rows.prompt(index)
+        row_id, ids, trained = prompt.row_id, prompt.input_ids, [False] * len(prompt.input_ids)
+        known = {"answer": prompt.answer} | {name: as_text(value) for name, value in prompt.columns.items()}
+    else:
+        row = prepared.rows.row(index)
+        row_id, ids, trained = row.row_id, row.input_ids.tolist(), (row.labels != MASKED).tolist()
     place = int(np.flatnonzero(prepared.plan["row"] == index)[0])
     return RowView(
-        row_id=row.row_id,
-        tokens=len(row.input_ids),
+        row_id=row_id,
+        tokens=len(ids),
         trained=int(prepared.trained[index]),
         pack=int(prepared.plan["pack"][place]),
         shard=int(prepared.plan["shard"][place]),
         split=str(prepared.plan["split"][place]),
-        pieces=pieces(tokenizer, row.input_ids.tolist(), (row.labels != MASKED).tolist()),
+        pieces=pieces(tokenizer, ids, trained),
+        known=known,
     )
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], trained: Sequence[bool]) -> list[Piece]:
