@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 import typer
 
-from opensloth.cli import data, document, options, program, sft, train
+from opensloth.cli import data, document, grpo, options, program, result, sft, train
 from opensloth.config.base import declared
-from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
+from opensloth.config.jobs import DataJob, GrpoJob, SftJob, TrainGrpoJob, TrainSftJob
 from opensloth.errors import OpenSlothError, RunStopped, WorkerFailed
 from tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-train": train.app}
+PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-grpo": grpo.app, "os-train": train.app}
 COMMANDS = [
     (data.app, ["prepare"], DataJob),
     (sft.app, [], SftJob),
+    (grpo.app, [], GrpoJob),
     (train.app, ["sft"], TrainSftJob),
+    (train.app, ["grpo"], TrainGrpoJob),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow", "numpy"}
 ROWS = [
@@ -219,7 +221,8 @@ def processor_seconds() -> float:
     [
         *(("data", command) for command in ([], ["prepare"], ["show"], ["reshard"])),
         ("sft", []),
-        *(("train", command) for command in ([], ["sft"], ["demo"])),
+        ("grpo", []),
+        *(("train", command) for command in ([], ["sft"], ["grpo"], ["demo"])),
     ],
 )
 def test_help_takes_under_half_a_second_and_loads_nothing_heavy(program_name, command):
@@ -471,18 +474,18 @@ def test_the_end_of_a_run_says_where_the_adapter_is_and_how_to_watch_it(tmp_path
     from opensloth.launch.run_directory import Result
 
     (tmp_path / "tensorboard").mkdir()
-    result = Result(tmp_path, "trained", {"steps": 1200, "loss": 0.123456, "eval_loss": None})
-    sft.report(result, as_json=False)
+    ended = Result(tmp_path, "trained", {"steps": 1200, "loss": 0.123456, "eval_loss": None})
+    result.report(ended, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["trained", str(tmp_path)]
     assert [line.split() for line in lines[1:3]] == [["steps", "1,200"], ["loss", "0.1235"]]
     assert str(tmp_path / "tensorboard") in lines[3]
     assert len(lines) == 4
-    sft.report(result, as_json=True)
+    result.report(ended, as_json=True)
     assert json.loads(capsys.readouterr().out) == {
         "output": str(tmp_path),
         "status": "trained",
-        "metrics": result.metrics,
+        "metrics": ended.metrics,
     }
 
 

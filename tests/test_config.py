@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from opensloth.config.base import Settings, declared, resolve
-from opensloth.config.jobs import DataJob, SftJob, TrainSftJob, part
+from opensloth.config.jobs import DataJob, GrpoJob, PromptOptions, SftJob, TrainGrpoJob, TrainSftJob, part
 from opensloth.errors import UserError
 
-JOBS = (DataJob, SftJob, TrainSftJob)
+JOBS = (DataJob, SftJob, TrainSftJob, GrpoJob, TrainGrpoJob)
 DATA = {"input": "rows.jsonl", "model": "m"}
 SFT = {"data": "prepared"}
 
@@ -184,12 +184,16 @@ def test_every_setting_has_one_sentence_of_help_and_fitting_choices(settings):
         assert not item.choices or default in item.choices, item.name
 
 
-def test_the_parts_of_the_one_command_job_are_the_two_jobs():
-    job = resolve(TrainSftJob, {**DATA, "lr": "1e-3", "samples": "5"}).job
+@pytest.mark.parametrize(
+    ("one", "training", "of_no_use"),
+    [(TrainSftJob, SftJob, set(PromptOptions.model_fields)), (TrainGrpoJob, GrpoJob, set())],
+)
+def test_the_parts_of_the_one_command_job_are_the_two_jobs(one, training, of_no_use):
+    job = resolve(one, {**DATA, "lr": "1e-3", "samples": "5"}).job
     assert part(job, DataJob)["samples"] == 5
-    assert part(job, SftJob)["lr"] == 1e-3
-    missing = (set(DataJob.model_fields) | set(SftJob.model_fields)) - set(TrainSftJob.model_fields)
-    assert missing == {"method", "data"}
+    assert part(job, training)["lr"] == 1e-3
+    missing = (set(DataJob.model_fields) | set(training.model_fields)) - set(one.model_fields)
+    assert missing == {"method", "data"} | of_no_use
 
 
 def test_the_record_of_a_job_can_be_read_back_as_a_config_file(config):

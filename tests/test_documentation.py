@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from documents import blocks, commands
-from opensloth.cli import data, eval, program, sft, train
+from opensloth.cli import data, eval, grpo, program, sft, train
 from opensloth.data.sources.arithmetic import arithmetic
 from tiny import save_tiny_model
 
@@ -25,8 +25,8 @@ COMMANDS = [
     for name, text in PAGES.items()
     for command in commands(text)
 ]
-PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-train": train.app, "os-eval": eval.app}
-PREPARED, RUN = "data/rows", "outputs/mine"
+PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-grpo": grpo.app, "os-train": train.app, "os-eval": eval.app}
+PREPARED, PROMPTS, RUN = "data/rows", "data/prompts", "outputs/mine"
 ROWS = 40
 
 
@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("OMP_NUM_THREADS", "1")
         for name in re.findall(r"\S*rows\.jsonl", "\n".join(commands(PAGES["README.md"]))):
             Path(name).write_text(text)
-        for first in (f"os-data rows.jsonl .*--output {PREPARED}", f"os-sft {PREPARED} --output {RUN}"):
+        made = (f"os-data rows.jsonl .*--output {PREPARED}", f"os-data .*--output {PROMPTS}")
+        for first in (*made, f"os-sft {PREPARED} --output {RUN}"):
             command = next(line for line in commands(PAGES["README.md"]) if re.match(first, line))
             assert run(typed(command)) == 0
         for name in set(re.findall(r"data/sft_\w+", "\n".join(commands(PAGES["docs/data.md"])))):

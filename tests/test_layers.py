@@ -108,7 +108,7 @@ def test_a_forbidden_import_would_be_seen() -> None:
     assert imported(ast.parse(source)) == ["torch.nn", "opensloth.cli", "peft"]
 
 
-@pytest.mark.parametrize("command", ["train", "data", "sft", "eval"])
+@pytest.mark.parametrize("command", ["train", "data", "sft", "grpo", "eval"])
 def test_commands_load_no_model_library(command: str) -> None:
     code = f"import sys, opensloth.cli.{command}; print(*{HEAVY!r} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensloth.cli.sft import check_tokenizer
+from opensloth.cli.prepared import check_tokenizer
 from opensloth.data.messages.examples import BadRow, Example
 from opensloth.data.models.resolve import tokenizer_digest
 from opensloth.data.prompt.choose import (

@@ -6,15 +6,19 @@ from pathlib import Path
 import annotated_types
 
 from opensloth import paths
+from opensloth.cli import grpo
 from opensloth.cli.options import COMMON, OWN_PANEL, by_panel, metavar, spellings, value_kinds
 from opensloth.config.base import Declared, Settings
-from opensloth.config.jobs import DataJob, EvalJob, SftJob, TrainSftJob
+from opensloth.config.jobs import DataJob, EvalJob, GrpoJob, SftJob, TrainGrpoJob, TrainSftJob
 
 FILE = Path("docs/options.md")
+SHOWN = {"os-grpo DIR": (grpo.SHOWS,)}
 COMMANDS: dict[str, type[Settings]] = {
     "os-data INPUT": DataJob,
     "os-sft DIR": SftJob,
+    "os-grpo DIR": GrpoJob,
     "os-train sft INPUT": TrainSftJob,
+    "os-train grpo INPUT": TrainGrpoJob,
     "os-eval INPUT": EvalJob,
 }
 HEAD = """# Options
@@ -23,7 +27,7 @@ Made from the declarations in `src/opensloth/config/` by `python -m opensloth.cl
 
 `_` and `-` are the same in option names, so `--load_in_4bit` works. `--config FILE.yaml` takes the same names, one
 `name: value` a line; flags win over the file, and the file over the defaults. A file may hold the settings of `os-data`
-and `os-sft` side by side; what contradicts prepared data is an error.
+beside those of `os-sft` or `os-grpo`; what contradicts prepared data is an error.
 """
 SIGNS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -40,6 +44,7 @@ def section(command: str, settings: type[Settings]) -> str:
         for item in items
         if not item.extra("hidden")
     ]
+    rows += [(OWN_PANEL, f"`{switch.flag}`", "", switch.help) for switch in SHOWN.get(command, ())]
     rows += [
         (OWN_PANEL, "`--config FILE`", "", COMMON["config"]),
         (OWN_PANEL, "`--dry-run`", "off", COMMON["dry_run"]),

@@ -16,6 +16,7 @@ import typer
 
 from opensloth.cli.program import reader_may_leave
 from opensloth.config.base import Declared, Resolved, Settings, declared, resolve
+from opensloth.errors import DONE
 
 PANELS = {
     "ModelOptions": "Model",
@@ -55,6 +56,15 @@ class Request(Generic[Job]):
         return self.resolved.job
 
 
+@dataclass(frozen=True)
+class Shows:
+    """A switch that prints something and ends the command, whatever else was given or left out."""
+
+    flag: str
+    help: str
+    show: Callable[[], None]
+
+
 def new_app(help: str, **settings: Any) -> typer.Typer:
     """A Typer program with this project's ways: `_` is `-` in names, plain tracebacks (locals may hold secrets)."""
     return typer.Typer(help=help, context_settings=CONTEXT, pretty_exceptions_enable=False, **settings)
@@ -68,11 +78,13 @@ def add_command(
     *,
     help: str,
     beside: type[Settings] | None = None,
+    shows: Shows | None = None,
 ) -> None:
     """Give `app` the command `name`, with an option for each setting and an argument for the hidden one.
 
     Args:
         beside: another job whose settings a config file may hold too, so that one file serves two commands.
+        shows: a switch of this command alone.
     """
     allowed = frozenset(beside.model_fields) if beside else frozenset()
 
@@ -84,6 +96,7 @@ def add_command(
     signature = inspect.Signature(
         [
             *(parameter(item, heading) for heading, items in by_panel(settings).items() for item in items),
+            *([switch(shows)] if shows else []),
             common("config", Path | None, None, "--config", metavar="FILE"),
             common("dry_run", bool, False, "--dry-run"),
             common("as_json", bool, False, "--json"),
@@ -103,6 +116,19 @@ def elsewhere(here: type[Settings], there: type[Settings], hint: str) -> dict[st
 def common(name: str, kind: Any, default: Any, flag: str, **extra: Any) -> inspect.Parameter:
     info = typer.Option(flag, help=COMMON[name], rich_help_panel=OWN_PANEL, show_default=False, **extra)
     return keyword(name, kind, info, default)
+
+
+def switch(shows: Shows) -> inspect.Parameter:
+    def show(asked: bool) -> None:
+        if asked:
+            with reader_may_leave():
+                shows.show()
+            raise typer.Exit(DONE)
+
+    info = typer.Option(
+        shows.flag, help=shows.help, rich_help_panel=OWN_PANEL, show_default=False, is_eager=True, callback=show
+    )
+    return keyword(shows.flag.strip("-").replace("-", "_"), bool | None, info, None)
 
 
 def keyword(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:

@@ -8,9 +8,9 @@ import typer
 
 from opensloth.cli.options import Request, add_command, new_app
 from opensloth.cli.program import run
-from opensloth.cli.sft import report
-from opensloth.cli.two_in_one import data_job, start_sft
-from opensloth.config.jobs import TrainSftJob
+from opensloth.cli.result import report
+from opensloth.cli.two_in_one import data_job, start_grpo, start_sft
+from opensloth.config.jobs import TrainGrpoJob, TrainSftJob
 from opensloth.launch.world import plan_world
 
 app = new_app("From a raw data set to a trained adapter.")
@@ -26,8 +26,20 @@ def train_sft(request: Request[TrainSftJob]) -> None:
     report(start_sft(request.resolved), request.as_json)
 
 
-HELP = "Prepare data and train an adapter on it: os-data and os-sft in one."
-add_command(app, "sft", TrainSftJob, train_sft, help=HELP)
+def train_grpo(request: Request[TrainGrpoJob]) -> None:
+    if request.dry_run:
+        from opensloth.cli.dry_run_grpo import plan_train_grpo
+
+        world = plan_world(request.job)
+        plan_train_grpo(request, data_job(request.job, world.processes), world)
+        return
+    report(start_grpo(request.resolved), request.as_json)
+
+
+SFT_HELP = "Prepare data and train an adapter on it: os-data and os-sft in one."
+GRPO_HELP = "Prepare prompts and train on them with rewards: os-data --method grpo and os-grpo in one."
+add_command(app, "sft", TrainSftJob, train_sft, help=SFT_HELP)
+add_command(app, "grpo", TrainGrpoJob, train_grpo, help=GRPO_HELP)
 
 
 @app.command()

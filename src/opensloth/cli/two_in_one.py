@@ -1,49 +1,71 @@
-"""`os-train sft` as what it is: one job that becomes a preparation of data and a training run on it."""
+"""`os-train` as what it is: one job that becomes a preparation of data and a training run on it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opensloth import log
 from opensloth.config.base import Resolved
-from opensloth.config.jobs import DataJob, SftJob, TrainSftJob, part
-from opensloth.launch.world import plan_world
+from opensloth.config.jobs import DataJob, GrpoJob, RunJob, SftJob, TrainGrpoJob, TrainSftJob, part
+from opensloth.launch.world import World, plan_world
 
 if TYPE_CHECKING:
     from opensloth.data.prepared.directory import Prepared
     from opensloth.launch.run_directory import Result
 
+TrainJob = TrainSftJob | TrainGrpoJob
+Job = TypeVar("Job", bound=RunJob)
+
 
 def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
     """Prepare the data of a job and train on it."""
-    from opensloth.data.prepared.prepare import prepare
-    from opensloth.launch.run_directory import check_output, start
-    from opensloth.launch.torchrun import leader_first
+    from opensloth.launch.run_directory import start
 
     world = plan_world(resolved.job)
-    if resolved.job.output is not None:  # before the data, which may take hours
-        check_output(resolved.job.output)
-    job = data_job(resolved.job, world.processes)
-    prepared = leader_first("data", lambda: prepare(job))
+    prepared = prepare_data(resolved.job, world)
+    training = training_job(resolved, SftJob, prepared)
+    return start(training.job, training.origins, prepared, world)
+
+
+def start_grpo(resolved: Resolved[TrainGrpoJob]) -> "Result":
+    """Prepare the prompts of a job and train on them. What is wrong with rewards or batch is found before."""
+    from opensloth.cli import grpo_checks
+
+    world = plan_world(resolved.job)
+    grpo_checks.check_before_data(resolved.job, world.processes)
+    prepared = prepare_data(resolved.job, world)
+    return grpo_checks.start_grpo(training_job(resolved, GrpoJob, prepared), prepared, world)
+
+
+def prepare_data(job: TrainJob, world: World) -> "Prepared":
+    """The prepared data of the job, made or found."""
+    from opensloth.data.prepared.prepare import prepare
+    from opensloth.launch.run_directory import check_output
+    from opensloth.launch.torchrun import leader_first
+
+    if job.output is not None:  # before the data, which may take hours
+        check_output(job.output)
+    wanted = data_job(job, world.processes)
+    prepared = leader_first("data", lambda: prepare(wanted))
     dropped = sum(prepared.manifest.dropped.values())
     log.say(
         f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"
         + (f"; {dropped:,} dropped, see dropped.jsonl there" if dropped else "")
     )
-    training = sft_job(resolved, prepared)
-    return start(training.job, training.origins, prepared, world)
+    return prepared
 
 
-def data_job(job: TrainSftJob, processes: int) -> DataJob:
+def data_job(job: TrainJob, processes: int) -> DataJob:
     """The preparation's part of the job. Its directory has the default name; --output and --force are the run's."""
     shared: dict[str, Any] = part(job, DataJob)
-    return DataJob.model_validate(shared | {"output": None, "force": False, "gpus": processes})
+    method = "grpo" if isinstance(job, TrainGrpoJob) else "sft"
+    return DataJob.model_validate(shared | {"method": method, "output": None, "force": False, "gpus": processes})
 
 
-def sft_job(resolved: Resolved[TrainSftJob], prepared: "Prepared") -> Resolved[SftJob]:
+def training_job(resolved: Resolved[Any], kind: type[Job], prepared: "Prepared") -> Resolved[Job]:
     """The training's part of the job, with the origins that its settings have there.
 
     A hub model is pinned to the commit whose tokenizer the data was prepared with.
     """
-    shared: dict[str, Any] = part(resolved.job, SftJob)
+    shared: dict[str, Any] = part(resolved.job, kind)
     fixed = {"data": prepared.directory, "revision": prepared.manifest.model_revision}
-    origins = {name: resolved.origins.get(name, "data") for name in SftJob.model_fields}
-    return Resolved(SftJob.model_validate(shared | fixed), origins)
+    origins = {name: resolved.origins.get(name, "data") for name in kind.model_fields}
+    return Resolved(kind.model_validate(shared | fixed), origins)

@@ -2,14 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from opensloth import __version__, log, paths
 from opensloth.config.base import Resolved
-from opensloth.config.jobs import SftJob
+from opensloth.config.jobs import TRAINING, RunJob, SftJob
 from opensloth.config.run import LaunchOptions
 from opensloth.data.models.resolve import ModelRef, resolve_model
 from opensloth.data.plan.schedule import rows_per_step
@@ -20,12 +22,16 @@ from opensloth.launch.torchrun import leader_first
 from opensloth.launch.world import World
 
 JOB, RESULT, CHECKPOINTS = "job.json", "result.json", "checkpoints"
+METHOD = {kind: name for name, kind in TRAINING.items()}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # What may differ when a run goes on: the hardware, how much is logged and kept. Everything else makes another model.
 MAY_CHANGE = frozenset(LaunchOptions.model_fields) | {
     *("output", "force", "resume", "pack_tokens", "gradient_checkpointing", "compile"),
     *("logging_steps", "save_steps", "save_total_limit", "report_to", "trust_remote_code"),
+    *("print_samples_every", "zero_signal"),
 }
+BY_CONTENT = ("task", "rewards")  # what these stand for comes with `contents`: a file of rewards may be edited
 
 
 @dataclass(frozen=True)
@@ -37,36 +43,57 @@ class Result:
     metrics: dict[str, Any]
 
 
-def identity(job: SftJob, prepared: Prepared, ref: ModelRef, processes: int) -> dict[str, Any]:
-    """What makes this job the job it is, by name: two runs with the same identity train the same model."""
+def identity(
+    job: RunJob, prepared: Prepared, ref: ModelRef, processes: int, contents: Mapping[str, Any] = NOTHING
+) -> dict[str, Any]:
+    """What makes this job the job it is, by name: two runs with the same identity train the same model.
+
+    Args:
+        contents: what settings stand for, where their own text does not say it (the rewards of GRPO).
+    """
     values = {name: value for name, value in job.model_dump(mode="json").items() if name not in MAY_CHANGE}
-    if job.batch_size is not None:  # it counts rows per process: then the processes do decide what a step holds
+    for name in BY_CONTENT:
+        values.pop(name, None)
+    if job.batch_size is not None:
         del values["batch_size"], values["grad_accum"]
-        values["rows_per_step"] = rows_per_step(job, processes)
+        if isinstance(job, SftJob):  # it counts rows per process: then the processes do decide what a step holds
+            values["rows_per_step"] = rows_per_step(job, processes)
     model = {"base": ref.base, "revision": ref.revision, "adapter": str(ref.adapter or "")}
     # the same rows under another path, or dealt to another number of shards, are the same data
-    return {**values, "data": prepared.manifest.digest, "model": model}
+    return {**values, **contents, "data": prepared.manifest.digest, "model": model}
 
 
-def default_output(prepared: Prepared, ref: ModelRef, identity: dict[str, Any]) -> Path:
-    """`outputs/sft-<model>-<data>-<hash of the job>`."""
+def default_output(method: str, prepared: Prepared, ref: ModelRef, identity: dict[str, Any]) -> Path:
+    """`outputs/<method>-<model>-<data>-<hash of the job>`."""
     data = Path(prepared.manifest.source.spec).name.split(".")[0].replace("sample:", "")
-    return Path("outputs") / f"sft-{ref.name}-{data}-{paths.digest(identity)[:8]}"
+    return Path("outputs") / f"{method}-{ref.name}-{data}-{paths.digest(identity)[:8]}"
 
 
-def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World) -> Result:
+def start(
+    job: RunJob,
+    origins: dict[str, str],
+    prepared: Prepared,
+    world: World,
+    *,
+    contents: Mapping[str, Any] = NOTHING,
+    files: Mapping[str, Callable[[], str]] = NOTHING,
+) -> Result:
     """Train, go on with an unfinished run of the same job, or say that it is finished.
 
+    Args:
+        contents: see `identity`.
+        files: what the run directory holds before the workers start, by name; each text is made once in a run's life.
     Raises:
         UserError: the directory holds another job (the settings that differ are named), or something else.
         WorkerFailed, RunStopped: as `launcher.run_workers`.
     """
+    method = METHOD[type(job)]
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
-    this = identity(job, prepared, ref, world.processes)
-    output = job.output or default_output(prepared, ref, this)
+    this = identity(job, prepared, ref, world.processes, contents)
+    output = job.output or default_output(method, prepared, ref, this)
     record = {
         "format": 1,
-        "method": "sft",
+        "method": method,
         "code_version": __version__,
         "settings": Resolved(job, origins).record(),
         "identity": this,
@@ -75,7 +102,7 @@ def start(job: SftJob, origins: dict[str, str], prepared: Prepared, world: World
         "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},
     }
     with one_command(output, world):
-        return run(output, job, record, prepared, world)
+        return run(output, job, record, prepared, world, files)
 
 
 def one_command(output: Path, world: World) -> AbstractContextManager[None]:
@@ -89,8 +116,15 @@ def leads(world: World) -> bool:
     return world.node_rank == 0 and os.environ.get("RANK", "0") == "0"
 
 
-def run(output: Path, job: SftJob, record: dict[str, Any], prepared: Prepared, world: World) -> Result:
-    finished = leader_first("run directory", lambda: open_run(output, job, record, world))
+def run(
+    output: Path,
+    job: RunJob,
+    record: dict[str, Any],
+    prepared: Prepared,
+    world: World,
+    files: Mapping[str, Callable[[], str]],
+) -> Result:
+    finished = leader_first("run directory", lambda: open_run(output, job, record, world, files))
     if finished:
         return Result(output, "already finished", finished)
     log.say(f"run directory: {output}")
@@ -104,7 +138,9 @@ def run(output: Path, job: SftJob, record: dict[str, Any], prepared: Prepared, w
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
 
 
-def open_run(output: Path, job: SftJob, record: dict[str, Any], world: World) -> dict[str, Any]:
+def open_run(
+    output: Path, job: RunJob, record: dict[str, Any], world: World, files: Mapping[str, Callable[[], str]]
+) -> dict[str, Any]:
     """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
     check_output(output)
     if job.force and leads(world):  # who comes later would remove the run that has begun
@@ -114,7 +150,10 @@ def open_run(output: Path, job: SftJob, record: dict[str, Any], world: World) ->
         figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
         return figures
     check_resume(job, output)
-    paths.write_json(output / JOB, record)
+    texts = {name: make() for name, make in files.items() if not (output / name).exists()}
+    paths.write_json(output / JOB, record)  # first: a directory with other files alone would be nobody's run
+    for name, text in texts.items():
+        paths.write_text(output / name, text)
     return {}
 
 
@@ -141,7 +180,7 @@ def check_same_job(output: Path, this: dict[str, Any]) -> None:
         )
 
 
-def check_resume(job: SftJob, output: Path) -> None:
+def check_resume(job: RunJob, output: Path) -> None:
     begun = output / CHECKPOINTS
     if job.resume == "never" and begun.is_dir() and any(begun.glob("checkpoint-*")):
         raise UserError(f"--resume never, but {begun} holds checkpoints.", "Add --force to start anew without them.")

@@ -9,7 +9,7 @@ import inspect
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -39,18 +39,11 @@ def watched(function: Callable[..., Any], limit: float = LIMIT_SECONDS) -> Calla
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    needed = {
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
     name = getattr(function, "__name__", str(function))
 
     @functools.wraps(function)
     def reward(**columns: Any) -> list[float | None]:
-        if missing := sorted(needed - columns.keys()):
-            raise UserError(
-                f"The reward {name} ({file}, line {line}) needs the column {missing[0]!r}, which the rows lack.",
-                f"Columns: {', '.join(sorted(columns))}.",
-            )
+        check_columns(function, columns)
         given = columns if takes_all else {key: value for key, value in columns.items() if key in names}
         count = len(columns["completions"])
         rows = row_names(columns, count)
@@ -72,6 +65,23 @@ def watched(function: Callable[..., Any], limit: float = LIMIT_SECONDS) -> Calla
         return checked(scores, rows, f"The reward {name} ({file}, line {line})")
 
     return reward
+
+
+def check_columns(function: Callable[..., Any], columns: Iterable[str]) -> None:
+    """Raise UserError where `function` (or what a watched one wraps) asks for a column that is not among `columns`."""
+    function = inspect.unwrap(function)
+    needed = {
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    if missing := sorted(needed.difference(columns)):
+        name = getattr(function, "__name__", str(function))
+        file, line = inspect.getsourcefile(function) or "?", first_line(function)
+        raise UserError(
+            f"The reward {name} ({file}, line {line}) needs the column {missing[0]!r}, which the rows lack.",
+            f"Columns: {', '.join(sorted(columns))}.",
+        )
 
 
 def checked(scores: Any, rows: Sequence[str], who: str) -> list[float | None]:

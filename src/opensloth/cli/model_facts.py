@@ -1,0 +1,34 @@
+"""What a model's small files tell about it: its sizes, and the rank of an adapter."""
+
+from typing import TYPE_CHECKING, Any
+
+from opensloth import paths
+from opensloth.errors import UserError
+
+if TYPE_CHECKING:
+    from opensloth.data.models.resolve import ModelRef
+
+
+def config_of(ref: "ModelRef", trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model's base. Raises UserError where it cannot be read."""
+    from transformers import AutoConfig
+
+    # unless told, transformers asks on the terminal whether the model's code may run
+    try:
+        return AutoConfig.from_pretrained(ref.base, revision=ref.revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # an unknown architecture, or one with code of its own
+        raise UserError(f"{ref.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that the model knows, in tokens; None where its config names none."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def rank_and_alpha(ref: "ModelRef") -> tuple[int, float] | None:
+    """LoRA's r and alpha of the adapter that training goes on from; None where there is none."""
+    if ref.adapter is None:
+        return None
+    config = paths.read_json(ref.adapter / "adapter_config.json", "an adapter")
+    return int(config["r"]), float(config["lora_alpha"])

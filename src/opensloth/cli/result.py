@@ -1,0 +1,34 @@
+"""How a training command ends: where the adapter is, and the last figures of the run."""
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from opensloth import log
+from opensloth.launch.world import speaks
+
+if TYPE_CHECKING:
+    from opensloth.launch.run_directory import Result
+
+
+def report(result: "Result", as_json: bool) -> None:
+    """Print where the adapter is, and the last figures of the run; once, however many processes torchrun started."""
+    if not speaks():
+        return
+    if as_json:
+        record = {"output": str(result.output), "status": result.status, "metrics": result.metrics}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    lines = [(result.status, str(result.output))]
+    lines += [(name.replace("_", " "), figure(value)) for name, value in result.metrics.items() if value is not None]
+    if (board := result.output / "tensorboard").is_dir():
+        lines.append(("watch it", f"tensorboard --logdir {shlex.quote(str(board))}"))
+    for name, text in lines:
+        print(log.printable(f"{name:<18}{text}"))
+
+
+def figure(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
