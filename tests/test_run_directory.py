@@ -16,7 +16,7 @@ from opensloth.launch import run_directory
 from opensloth.launch.world import World
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Metrics
-from opensloth.training.run_sft import check_same_checkpoint
+from opensloth.training.run import check_same_checkpoint
 from tiny import save_tiny_model
 from training_fixtures import call, in_this_process, sft, write_rows  # noqa: F401
 

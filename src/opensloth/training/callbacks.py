@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log, paths
+from opensloth.data.plan.batches import Batches
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
 from opensloth.launch.stop import StopRequest
@@ -20,15 +22,30 @@ LINE_SECONDS = 1.0  # between two lines for the person
 
 
 class Metrics(TrainerCallback):
-    """Rank 0: adds speed, padding, progress and memory to every log, and writes it to metrics.jsonl and TensorBoard."""
+    """Rank 0: adds progress, speed and memory to every log, and writes it to metrics.jsonl and TensorBoard.
 
-    def __init__(self, run_dir: Path, steps: Steps, device: torch.device, tensorboard: bool) -> None:
-        self.steps = steps
-        self.plan = steps.plan
+    Args:
+        epochs: passes over the data that are complete after each step.
+    """
+
+    def __init__(self, run_dir: Path, epochs: Sequence[float], device: torch.device, tensorboard: bool) -> None:
+        self.epochs = epochs
         self.device = device
         self.tensorboard = run_dir / "tensorboard" if tensorboard else None
         self.path = run_dir / "metrics.jsonl"
         self.writer: Any = None
+
+    def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
+        """Put into `logs` how fast `steps` (numbers from 0) were."""
+        raise NotImplementedError
+
+    def line(self, logs: dict[str, Any]) -> str:
+        """What a person reads of a training log."""
+        raise NotImplementedError
+
+    def eval_line(self, logs: dict[str, Any]) -> str:
+        """What a person reads of an evaluation."""
+        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.keep_until(state.global_step)
@@ -53,9 +70,12 @@ class Metrics(TrainerCallback):
         logs.pop("total_flos", None)
         step = state.global_step
         if step:
-            logs["epoch"] = round(self.plan.epoch[step - 1], 4)
+            logs["epoch"] = round(self.epochs[step - 1], 4)
         if "loss" in logs:
-            self.add_speed(logs, step)
+            now = time.monotonic()
+            self.add_speed(logs, range(self.step, step), max(now - self.at, 1e-9))
+            logs["memory_gib"] = round(peak_memory(self.device) / 2**30, 3)
+            self.step, self.at = step, now
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **logs}) + "\n")
         if self.writer:
@@ -65,37 +85,76 @@ class Metrics(TrainerCallback):
             self.writer.flush()
         self.show(logs, step)
 
-    def add_speed(self, logs: dict[str, Any], step: int) -> None:
-        now = time.monotonic()
-        tokens = sum(self.plan.tokens(number) for number in range(self.step, step))
-        logs["tokens_per_second"] = round(tokens / max(now - self.at, 1e-9), 1)
-        slots = sum(self.steps.slots(number) for number in range(self.step, step))
-        logs["padding"] = round(1 - tokens / slots, 4) if slots else 0.0
-        logs["memory_gib"] = round(peak_memory(self.device) / 2**30, 3)
-        self.step, self.at = step, now
-
     def show(self, logs: dict[str, Any], step: int) -> None:
-        total, now = len(self.plan.steps), time.monotonic()
-        if "eval_loss" in logs:
-            log.say(f"step {step}/{total}  eval loss {logs['eval_loss']:.4f}")
+        total, now = len(self.epochs), time.monotonic()
+        if any(name.startswith("eval_") for name in logs):
+            log.say(f"step {step}/{total}  {self.eval_line(logs)}")
         elif "loss" in logs and (now - self.shown >= LINE_SECONDS or step in (1, total)):
             self.shown = now
             done, since = step - self.begin[0], now - self.begin[1]
             eta = (total - step) * since / max(done, 1)
-            log.say(
-                f"step {step}/{total}  loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s  "
-                f"lr {logs['learning_rate']:.2e}  {duration(eta)} left"
-            )
+            log.say(f"step {step}/{total}  {self.line(logs)}  lr {logs['learning_rate']:.2e}  {duration(eta)} left")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.writer:
             self.writer.close()
 
 
-class StopOnSignal(TrainerCallback):
-    """A request to stop, on any process: all save the step they have just completed, and end."""
+class StepsMetrics(Metrics):
+    """Of SFT: real tokens a second, and the share of padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path, steps: Steps, device: torch.device, tensorboard: bool) -> None:
+        super().__init__(run_dir, steps.plan.epoch, device, tensorboard)
+        self.steps = steps
+
+    def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
+        tokens, slots = sum(map(self.steps.plan.tokens, steps)), sum(map(self.steps.slots, steps))
+        logs["tokens_per_second"] = round(tokens / seconds, 1)
+        logs["padding"] = round(1 - tokens / slots, 4) if slots else 0.0
+
+    def line(self, logs: dict[str, Any]) -> str:
+        return f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
+
+    def eval_line(self, logs: dict[str, Any]) -> str:
+        return f"eval loss {logs['eval_loss']:.4f}"
+
+
+class BatchesMetrics(Metrics):
+    """Of GRPO: completion tokens a second, everything that a step does counted."""
+
+    def __init__(self, run_dir: Path, plan: Batches, group_size: int, device: torch.device, tensorboard: bool) -> None:
+        super().__init__(run_dir, plan.epoch, device, tensorboard)
+        self.plan = plan
+        self.group_size = group_size
+
+    def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
+        batches = {self.plan.at(step) for step in steps}
+        completions = sum(len(self.plan.batches[batch]) for batch in batches) * self.group_size
+        logs["seconds/step"] = round(seconds / max(1, len(steps)), 3)
+        logs["tokens_per_second"] = round(logs.get("completions/mean_length", 0.0) * completions / seconds, 1)
+
+    def line(self, logs: dict[str, Any]) -> str:
+        parts = [f"reward {logs.get('reward', float('nan')):.3f}"]
+        if "pass_rate" in logs:
+            parts.append(f"right {logs['pass_rate']:.1%}")
+        parts.append(f"length {logs.get('completions/mean_length', 0):.0f}")
+        return "  ".join([*parts, f"{logs['seconds/step']:.1f} s"])
+
+    def eval_line(self, logs: dict[str, Any]) -> str:
+        if "eval_pass_at_1" not in logs:
+            return f"held out: reward {logs['eval_reward']:.3f}"
+        return f"held out: {logs['eval_pass_at_1']:.1%} right, {logs['eval_format_rate']:.1%} in the format"
+
+
+class StopOnSignal(TrainerCallback):
+    """A request to stop, on any process: all save the step they have just completed, and end.
+
+    Args:
+        every: steps after which they may end.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
         self.request = StopRequest().install()
         self.stopped = False
         # A group on the CPU: to ask the others never makes the host wait for its card.
@@ -107,7 +166,7 @@ class StopOnSignal(TrainerCallback):
             flag = torch.tensor(int(stop))
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
             stop = bool(flag)
-        if stop and state.global_step < state.max_steps:
+        if stop and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True
 

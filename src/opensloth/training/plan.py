@@ -5,7 +5,8 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import GrpoOptions, TrainOptions
+from opensloth.data.plan.batches import Batches
 from opensloth.data.plan.schedule import Schedule
 from opensloth.engine import Engine, memory
 from opensloth.engine.memory import MemoryPlan
@@ -33,4 +34,17 @@ def describe(plan: Schedule, chosen: MemoryPlan, processes: int) -> list[str]:
         f"({statistics.mean(rows):.1f} rows), {plan.epoch[-1]:.2f} epochs, {sum(tokens):,} tokens in all",
         f"a step is {statistics.mean(micro):.1f} micro-batches of up to {size} "
         f"on each of {processes} process{'es' if processes > 1 else ''}; checkpointing: {chosen.checkpointing}",
+    ]
+
+
+def describe_batches(laid_out: Batches, options: GrpoOptions, chosen: MemoryPlan, processes: int) -> list[str]:
+    """The batch arithmetic of GRPO in two lines."""
+    prompts, group = options.prompts_per_step, options.group_size
+    size = f"{chosen.pack_tokens:,} tokens" if options.batch_size is None else f"{options.batch_size:,} completions"
+    updates = f", {laid_out.updates} updates on each batch" if laid_out.updates > 1 else ""
+    return [
+        f"{laid_out.steps:,} optimizer steps{updates}, {laid_out.epoch[-1]:.2f} epochs; a batch is {prompts} prompts x "
+        f"{group} = {prompts * group} completions of at most {options.max_new} tokens",
+        f"each of {processes} process{'es' if processes > 1 else ''} completes {prompts // processes} prompts and "
+        f"trains on micro-batches of up to {size}; checkpointing: {chosen.checkpointing}",
     ]

@@ -1,12 +1,13 @@
 """A job in the words of TRL: the one place where our settings become its arguments."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import GrpoOptions, TrainOptions
 from opensloth.engine import Engine
 from opensloth.errors import UserError
 
@@ -19,69 +20,107 @@ CHECKPOINTING = {
 }
 
 
-def sft_args(
-    options: TrainOptions,
-    *,
-    run_dir: Path,
-    steps: int,
-    seed: int,
-    device: torch.device,
-    engine: Engine,
-    checkpointing: str,
-    evaluates: bool,
-    backend: str,
-    processes: int,
-) -> dict[str, Any]:
-    """Keyword arguments of `trl.SFTConfig`. One batch of the loader is a whole optimizer step, so nothing accumulates.
+@dataclass(frozen=True)
+class Frame:
+    """What TRL needs to know that is no option of the job.
 
-    Args:
+    Attributes:
         steps: optimizer steps of the run.
         engine: says which type to compute in. Frozen weights are stored in it already, so that autocast (slow on a CPU)
             is only for engines that ask for it; float16 always needs the trainer's loss scaler.
         evaluates: whether there are held-out rows.
-    Raises:
-        UserError: an option needs a package that is not installed.
+    """
+
+    run_dir: Path
+    steps: int
+    seed: int
+    device: torch.device
+    engine: Engine
+    checkpointing: str
+    evaluates: bool
+    backend: str
+    processes: int
+
+
+def sft_args(options: TrainOptions, frame: Frame) -> dict[str, Any]:
+    """Keyword arguments of `trl.SFTConfig`. Raises UserError as `shared`."""
+    return {
+        **shared(options, frame),
+        "per_device_train_batch_size": 1,
+        "max_length": None,
+        "packing": False,
+        "loss_type": "nll",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+
+
+def grpo_args(options: GrpoOptions, frame: Frame, reward_weights: list[float]) -> dict[str, Any]:
+    """Keyword arguments of `trl.GRPOConfig`. Raises UserError as `shared`.
+
+    Without an adapter TRL would load its reference from the hub by name, so the caller makes it (beta 0 here).
+    """
+    return {
+        **shared(options, frame),
+        # in completions: TRL checks that whole groups fit
+        "per_device_train_batch_size": options.prompts_per_step * options.group_size // frame.processes,
+        "steps_per_generation": 1,
+        "num_iterations": options.updates_per_batch,
+        "num_generations": options.group_size,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 1,
+        "max_completion_length": options.max_new,
+        "temperature": options.temperature,
+        "beta": 0.0 if options.full_finetuning else options.beta,
+        "epsilon": options.clip,
+        "loss_type": options.loss,
+        # a group's spread divides its advantages, but not in Dr. GRPO (arXiv 2503.20783, section 3.2)
+        "scale_rewards": "none" if options.loss == "dr_grpo" else "group",
+        "reward_weights": reward_weights,
+        "use_vllm": False,
+        "log_completions": False,
+        "shuffle_dataset": False,
+    }
+
+
+def shared(options: TrainOptions, frame: Frame) -> dict[str, Any]:
+    """What both have. One batch of the loader is a whole optimizer step, so nothing accumulates.
+
+    Raises UserError where an option needs a package that is not installed.
     """
     check_installed(options)
-    on_gpu = device.type == "cuda"
-    fused = "adamw_torch_fused" if on_gpu else "adamw_torch"
+    on_gpu = frame.device.type == "cuda"
     optimizer = OPTIMIZERS[options.optim]
     return {
-        "output_dir": str(run_dir / "checkpoints"),
-        "max_steps": steps,
-        "per_device_train_batch_size": 1,
+        "output_dir": str(frame.run_dir / "checkpoints"),
+        "max_steps": frame.steps,
         "gradient_accumulation_steps": 1,
         "learning_rate": options.lr,
         "lr_scheduler_type": SCHEDULERS.get(options.lr_scheduler, options.lr_scheduler),
-        "warmup_steps": warmup(options, steps),
+        "warmup_steps": warmup(options, frame.steps),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
-        "optim": fused if optimizer == "adamw_torch" else optimizer,
-        "bf16": engine.autocast and engine.dtype is torch.bfloat16,
-        "fp16": engine.dtype is torch.float16,
-        "gradient_checkpointing": checkpointing != "none",
-        "gradient_checkpointing_kwargs": CHECKPOINTING.get(checkpointing),
+        "optim": "adamw_torch_fused" if on_gpu and optimizer == "adamw_torch" else optimizer,
+        "bf16": frame.engine.autocast and frame.engine.dtype is torch.bfloat16,
+        "fp16": frame.engine.dtype is torch.float16,
+        "gradient_checkpointing": frame.checkpointing != "none",
+        "gradient_checkpointing_kwargs": CHECKPOINTING.get(frame.checkpointing),
         "logging_steps": options.logging_steps,
         "logging_first_step": True,
         # the filter hides NaN and makes the host wait for the card at every micro-batch
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": options.save_steps,
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": (options.eval_steps or steps) if evaluates else None,
+        "eval_strategy": "steps" if frame.evaluates else "no",
+        "eval_steps": (options.eval_steps or frame.steps) if frame.evaluates else None,
         "report_to": [word for word in options.report_to if word == "wandb"],
         "disable_tqdm": True,
-        "seed": seed,
+        "seed": frame.seed,
         "use_cpu": not on_gpu,
-        "ddp_backend": backend if processes > 1 else None,
+        "ddp_backend": frame.backend if frame.processes > 1 else None,
         # transformers would search for unused parameters for every PEFT model: slow, and none are unused
         "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
-        "max_length": None,
-        "packing": False,
-        "loss_type": "nll",
-        "dataset_kwargs": {"skip_prepare_dataset": True},
     }
 
 

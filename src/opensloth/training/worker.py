@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log, paths
-from opensloth.config.jobs import SftJob
+from opensloth.config.jobs import TRAINING
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.prepared.directory import Prepared, open_prepared
 from opensloth.errors import UserError
 from opensloth.launch.device import claim_device
 
 if TYPE_CHECKING:
-    from opensloth.training.run_sft import Place
+    from opensloth.training.run import Place
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def run(run_dir: Path) -> None:
     log.quiet_libraries()
     device_name = claim_device()  # before torch is imported: it may hide the other cards
     record = paths.read_json(run_dir / "job.json", "a run directory")
-    job = SftJob.model_validate({name: entry["value"] for name, entry in record["settings"].items()})
+    method = record["method"]
+    job = TRAINING[method].model_validate({name: entry["value"] for name, entry in record["settings"].items()})
     adapter = record["model"]["adapter"]
     ref = ModelRef(
         spec=record["model"]["base"],
@@ -43,9 +44,8 @@ def run(run_dir: Path) -> None:
     if job.engine == "unsloth" and device_name.startswith("cuda") and importlib.util.find_spec("unsloth"):
         import_unsloth()
     place = join(device_name)
-    from opensloth.training.run_sft import train
-
-    train(run_dir, job, ref, open_data(record), place)
+    runner = importlib.import_module(f"opensloth.training.run_{method}")
+    runner.train(run_dir, job, ref, open_data(record), place)
 
 
 def open_data(record: dict[str, Any]) -> Prepared:
@@ -70,7 +70,7 @@ def join(device_name: str) -> "Place":
     import torch
     import torch.distributed as dist
 
-    from opensloth.training.run_sft import Place
+    from opensloth.training.run import Place
 
     device = torch.device(device_name)
     backend = os.environ.get("OPENSLOTH_BACKEND", "nccl" if device.type == "cuda" else "gloo")

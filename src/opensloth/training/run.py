@@ -1,0 +1,117 @@
+"""What runs of every method have in common: place among the processes, files, checkpoints to go on from, the end."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback
+
+from opensloth import log, paths
+from opensloth.config.jobs import RunJob
+from opensloth.data.models.resolve import ModelRef
+from opensloth.data.prepared.directory import Prepared
+from opensloth.engine import Engine
+from opensloth.engine.lora import weights_hash
+from opensloth.errors import RunStopped, UserError
+from opensloth.training import checkpoint
+from opensloth.training.callbacks import SameAdapter, StopOnSignal
+from opensloth.training.trainer import RunFiles
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those of the run."""
+
+    rank: int
+    processes: int
+    device: torch.device
+    backend: str
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def seed_of(job: RunJob, prepared: Prepared) -> int:
+    return int(prepared.manifest.options["seed"] if job.seed is None else job.seed)
+
+
+def run_files(run_dir: Path, job: RunJob, ref: ModelRef, prepared: Prepared, engine: Engine) -> RunFiles:
+    engine.tokenizer.chat_template = prepared.contract.chat_template  # whoever loads it with the adapter renders alike
+
+    def save_extra(directory: Path) -> None:
+        engine.tokenizer.save_pretrained(directory)
+        prepared.contract.save(directory / "prompt.json")
+
+    return RunFiles(
+        directory=run_dir,
+        keep_checkpoints=job.save_total_limit,
+        base=ref.base,
+        base_revision=ref.revision,
+        save_extra=save_extra,
+    )
+
+
+def train_to_the_end(
+    trainer: Any, job: RunJob, run_dir: Path, place: Place, finish: Callable[[float], dict[str, Any]], every: int = 1
+) -> None:
+    """Train, or go on, until the last step or a signal. Rank 0 leaves result.json.
+
+    Args:
+        finish: saves what was trained and returns the run's figures; it is given the seconds of training.
+        every: steps after which a signal is heeded (GRPO ends between two batches of completions).
+    Raises:
+        RunStopped: a signal; the last step is saved.
+    """
+    stop = StopOnSignal(every)
+    trainer.add_callback(stop)
+    trainer.remove_callback(PrinterCallback)  # our own line says it better
+    if dist.is_initialized() and job.check_every and not job.full_finetuning:
+        trainer.add_callback(SameAdapter(job.check_every))
+    resume = checkpoint_to_resume(job, run_dir)
+    if resume and place.leads:
+        log.say(f"going on from {resume}")
+    begin = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.stopped:
+        raise RunStopped(
+            f"Stopped by {stop.request.name or 'a signal'} after step {trainer.state.global_step}, which is saved.",
+            "The same command goes on from there.",
+        )
+    figures = finish(time.monotonic() - begin)
+    if place.leads:
+        log.say(f"saving what was trained to {run_dir}")
+        trainer._save(str(run_dir))
+        paths.write_json(run_dir / "result.json", {**figures, "weights_sha256": weights_hash(trainer.model)})
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def checkpoint_to_resume(job: RunJob, run_dir: Path) -> Path | None:
+    """What `--resume` says; a process that the launcher restarts goes on from the newest checkpoint in any case.
+
+    Raises UserError where the processes find different ones: they would train different steps, and wait for ever.
+    """
+    restarted = int(os.environ.get("OPENSLOTH_ATTEMPT", "0")) > 0
+    mine = checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
+    if dist.is_initialized():
+        found = [""] * dist.get_world_size()
+        dist.all_gather_object(found, mine.name if mine else "none")
+        check_same_checkpoint(found, run_dir)
+    return mine
+
+
+def check_same_checkpoint(found: list[str], run_dir: Path) -> None:
+    """Raise UserError where the names of the checkpoints that the processes found are not all the same."""
+    for rank, name in enumerate(found):
+        if name != found[0]:
+            raise UserError(
+                f"Process 0 would go on from {found[0]} in {run_dir / 'checkpoints'}, but process {rank} from {name}.",
+                "Give all machines the same directory (--output on a shared disk, or a copy of machine 0's).",
+            )

@@ -1,0 +1,173 @@
+"""A GRPO job from its start to its result, as one of its processes: model, prompts, rewards, trainer, adapter."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from opensloth import log, rewards
+from opensloth.config.jobs import GrpoJob
+from opensloth.data.models.resolve import ModelRef
+from opensloth.data.plan.batches import Batches, lay_out
+from opensloth.data.prepared.directory import Prepared
+from opensloth.engine import Engine, attention, load, native, policy
+from opensloth.errors import UserError
+from opensloth.rollout.sampling import Sampling
+from opensloth.training import grpo, plan
+from opensloth.training.advice import Advice
+from opensloth.training.callbacks import BatchesMetrics
+from opensloth.training.prompts import Prompts
+from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
+from opensloth.training.trl_args import Frame, grpo_args
+
+FAILURES = "gold_failures.jsonl"
+
+
+def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place: Place) -> None:
+    """Train, or go on, until the last step. Rank 0 leaves the adapter and result.json.
+
+    Raises:
+        UserError: the model, the data or the rewards cannot be trained with as asked; with `--zero-signal stop`, a run
+            that learns nothing.
+        WorkerFailed: a loss that is not a number, a reward that fails.
+        RunStopped: a signal; the last step is saved.
+    """
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # that rollout_func may change
+    seed = seed_of(job, prepared)
+    laid_out = lay_out(prepared, job, seed=seed, processes=place.processes, left_out=left_out(run_dir))
+    longest = int(prepared.lengths.max()) + job.max_new
+    packing = bool(prepared.manifest.options["packing"])
+    engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
+    memory = plan.choose(engine, job, place.device, longest=longest)
+    if place.leads:
+        for line in [*engine.notes, *plan.describe_batches(laid_out, job, memory, place.processes)]:
+            log.say(line)
+    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, memory.pack_tokens, place)
+    trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, place)
+    if job.beta and job.full_finetuning:
+        add_reference(trainer, job, ref, engine)
+    updates = job.updates_per_batch
+    advice = Advice(stop=job.zero_signal == "stop", speaks=place.leads, max_new=job.max_new, every=updates)
+    trainer.add_callback(advice)
+
+    def finish(seconds: float) -> dict[str, Any]:
+        if advice.stopped:
+            raise UserError(advice.stopped, "The last step is saved; --zero-signal warn goes on.")
+        return grpo.figures(trainer, seconds)
+
+    train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
+
+
+def left_out(run_dir: Path) -> set[int]:
+    """The rows whose own answer the rewards misjudge, as the check before this run found them."""
+    path = run_dir / FAILURES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {int(json.loads(line)["row_id"]) for line in lines}
+
+
+def describe_run(
+    run_dir: Path,
+    job: GrpoJob,
+    ref: ModelRef,
+    prepared: Prepared,
+    engine: Engine,
+    laid_out: Batches,
+    pack_tokens: int,
+    place: Place,
+) -> grpo.Run:
+    rows = np.flatnonzero(prepared.is_eval)[place.rank :: place.processes]
+    return grpo.Run(
+        files=run_files(run_dir, job, ref, prepared, engine),
+        prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
+        contract=prepared.contract,
+        tokenizer=engine.tokenizer,
+        scores=policy.packed if engine.packs else policy.padded,
+        packs=engine.packs,
+        pack_tokens=pack_tokens,
+        batch_size=job.batch_size,
+        sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
+        max_new=job.max_new,
+        stops=stop_ids(job, prepared, engine),
+        pad=engine.pad_id,
+        seed=seed_of(job, prepared),
+        held_out=[prepared.rows.prompt(int(row)) for row in rows],
+    )
+
+
+def stop_ids(job: GrpoJob, prepared: Prepared, engine: Engine) -> list[int]:
+    """The contract's stop tokens, and those of `--stop`. Raises UserError for a text that is no token."""
+    known = engine.tokenizer.get_vocab()
+    texts = [*prepared.contract.stop, *job.stop]
+    if unknown := [text for text in texts if text not in known]:
+        raise UserError(f"--stop {unknown[0]!r} is no token of the model.", "Name a special token of its tokenizer.")
+    return [known[text] for text in texts]
+
+
+def build_trainer(
+    run: grpo.Run, job: GrpoJob, prepared: Prepared, engine: Engine, checkpointing: str, place: Place
+) -> Any:
+    from trl import GRPOConfig
+
+    evaluates = bool(prepared.is_eval.any())
+    frame = Frame(
+        run_dir=run.files.directory,
+        steps=run.prompts.plan.steps,
+        seed=run.seed,
+        device=place.device,
+        engine=engine,
+        checkpointing=checkpointing,
+        evaluates=evaluates,
+        backend=place.backend,
+        processes=place.processes,
+    )
+    tags, every = prepared.contract.tags, job.print_samples_every
+    if job.rewards:
+        judges = rewards.load(job.rewards, tags=tags, print_every=every)
+    else:
+        judges = rewards.task(job.task, tags=tags, print_every=every)
+    # TRL counts a completion as cut unless it ends with one of these
+    model: Any = engine.model
+    model.generation_config.eos_token_id = run.stops
+    rows = Dataset.from_list([{"prompt": ""}])  # TRL wants one; the prompts come from our loader
+    trainer = grpo.trainer_class()(
+        run=run,
+        model=engine.model,
+        reward_funcs=[judge.function for judge in judges],
+        args=GRPOConfig(**grpo_args(job, frame, [judge.weight for judge in judges])),
+        train_dataset=rows,
+        eval_dataset=rows if evaluates else None,
+        processing_class=engine.tokenizer,
+    )
+    if place.leads:
+        board = "tensorboard" in job.report_to
+        trainer.add_callback(BatchesMetrics(run.files.directory, run.prompts.plan, job.group_size, place.device, board))
+    if evaluates:
+        trainer.add_callback(FirstLook(trainer))
+    return trainer
+
+
+class FirstLook(TrainerCallback):
+    """Evaluates before the first step: what the run starts from."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()
+
+
+def add_reference(trainer: Any, job: GrpoJob, ref: ModelRef, engine: Engine) -> None:
+    """Where all weights train, the reference of the KL is a second, frozen copy of the model that the run starts from.
+
+    TRL would load it by the name in the config: another revision, perhaps, and with another attention.
+    """
+    reference = native.load_base(job, ref, engine.dtype, trainer.args.device)
+    if engine.packs:
+        reference.set_attn_implementation(attention.NAME)
+    trainer.ref_model = reference.requires_grad_(False).eval()
+    trainer.beta = job.beta

@@ -1,0 +1,172 @@
+"""What our trainers add to transformers' and TRL's: whole checkpoints, adapters that name their base, no NaN."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+
+from opensloth import paths
+from opensloth.engine.lora import name_base, trainable
+from opensloth.errors import WorkerFailed
+from opensloth.training import checkpoint
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The run directory, and what belongs into every adapter that is saved in it.
+
+    Attributes:
+        base, base_revision: what a saved adapter names as its base model.
+        save_extra: writes what belongs beside every saved adapter (tokenizer, prompt contract) into a directory.
+    """
+
+    directory: Path
+    keep_checkpoints: int
+    base: str
+    base_revision: str | None
+    save_extra: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A micro-batch whose loss is not a number. `step` counts from 1."""
+
+    step: int
+    loss: float
+    row_ids: list[int]
+
+
+class KeepsRun:
+    """A mixin before TRL's trainers, which need `files` and `since_log` before they are made.
+
+    Methods call transformers' Trainer by name where TRL's own version does more than is wanted (model cards, metrics
+    that wait for the card).
+    """
+
+    files: RunFiles
+    since_log: list[tuple[Any, torch.Tensor]]  # what a micro-batch is known by, and its loss
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    writing = False  # whether checkpoints go to the staging folder at the moment
+
+    def describe_fault(self, micro_batch: Any, loss: float) -> Fault:
+        """What a person needs to find a micro-batch of `since_log` by."""
+        raise NotImplementedError
+
+    def check_finite(self, logs: dict[str, float] | None = None) -> None:
+        """Stop at the first micro-batch since the last check whose loss is not a number.
+
+        All processes check at once: what they log is their mean, and before they save there is nothing logged.
+        Raises WorkerFailed with the step and the rows.
+        """
+        if logs is not None and "loss" not in logs:
+            return
+        losses, self.since_log = self.since_log, []
+        norm = logs.get("grad_norm", 0.0) if logs else 0.0
+        if logs is not None and finite(logs["loss"]) and finite(norm):
+            return
+        fault = first_fault([loss for _, loss in losses], lambda at, loss: self.describe_fault(losses[at][0], loss))
+        if fault is not None:
+            raise WorkerFailed(
+                f"The loss is {fault.loss} at step {fault.step}, rows {some(fault.row_ids)}.",
+                "Look at them with os-data show, or lower --lr. The last checkpoint is kept.",
+            )
+        if logs is not None and not (self.args.fp16 and finite(logs["loss"])):  # the scaler skips such a step
+            raise WorkerFailed(
+                f"The gradient norm is {norm} at step {self.state.global_step}, with a loss of {logs['loss']:.4g}.",
+                "Lower --lr or --max-grad-norm. The last checkpoint is kept.",
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written into a staging folder and renamed once they are complete."""
+        base = Path(self.args.output_dir)
+        return str(base / checkpoint.STAGING if self.writing else base)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()
+        self.writing = True
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        finally:
+            self.writing = False
+        self.accelerator.wait_for_everyone()
+        if self.leads:
+            name = f"checkpoint-{self.state.global_step}"
+            checkpoint.publish(Path(self.args.output_dir), name, self.files.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        # the reference of GRPO is made anew from where the run began; transformers would load it in place of the rest
+        adapters = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(directory, **adapters)
+        if (directory / "adapter_config.json").exists():
+            name_base(directory, self.files.base, self.files.base_revision)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        self.files.save_extra(directory)
+
+    def save_best(self, record: dict[str, Any]) -> None:
+        """The weights as they are now into best/, with what they reached."""
+        if self.leads:
+            with paths.new_directory(self.files.directory / "best") as directory:
+                self._save(str(directory))
+                paths.write_json(directory / "best.json", {"step": self.state.global_step, **record})
+
+    def best_so_far(self, figure: str, default: float) -> float:
+        """The figure of the adapter in best/, `default` where there is none yet."""
+        record = self.files.directory / "best" / "best.json"
+        return float(paths.read_json(record, "a best adapter")[figure]) if record.exists() else default
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers would look for input_ids in a step
+
+    @property
+    def leads(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+
+def kept_weights(model: Any) -> Callable[[], None]:
+    """Remember the adapter's weights; the function that is returned puts them back.
+
+    TRL casts the adapters of quantized models to bfloat16 when a trainer is made.
+    """
+    adapter = trainable(model) if hasattr(model, "peft_config") else {}
+    weights = {name: parameter.detach().clone() for name, parameter in adapter.items()}
+
+    def put_back() -> None:
+        for name, parameter in adapter.items():
+            parameter.data = weights[name]
+
+    return put_back
+
+
+def first_fault(losses: Sequence[torch.Tensor], describe: Callable[[int, float], Fault]) -> Fault | None:
+    """The first faulty micro-batch of all processes, told to all of them; None where every loss is a number.
+
+    Args:
+        losses: this process's losses, oldest first.
+        describe: tells the micro-batch of a loss, by its place in `losses`.
+    """
+    values = torch.stack(list(losses)).tolist() if losses else []
+    mine = next((describe(place, loss) for place, loss in enumerate(values) if not finite(loss)), None)
+    found: list[Fault | None] = [mine]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    return min((fault for fault in found if fault is not None), key=lambda fault: fault.step, default=None)
+
+
+def finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def some(row_ids: list[int], shown: int = 20) -> str:
+    return ", ".join(map(str, row_ids[:shown])) + (", ..." if len(row_ids) > shown else "")
