@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from opensloth import log
 from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.program import reader_may_leave, run
-from opensloth.config.jobs import DataJob, SftJob
+from opensloth.config.jobs import DataJob, GrpoJob, SftJob
 from opensloth.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 DEFAULT = "prepare"
 TYPER_OWN = ("--help", "-h", "--install-completion", "--show-completion")
+
+
+class Training(SftJob, GrpoJob):
+    """What is for training, by either method: a config file may hold it beside the settings of data."""
 
 
 class DefaultGroup(TyperGroup):
@@ -70,7 +74,7 @@ def prepare(request: Request[DataJob]) -> None:
     report(prepare(request.job), request.as_json)
 
 
-add_command(app, DEFAULT, DataJob, prepare, help="Prepare data: the same as os-data INPUT.", beside=SftJob)
+add_command(app, DEFAULT, DataJob, prepare, help="Prepare data: the same as os-data INPUT.", beside=Training)
 
 
 @app.command()
@@ -129,8 +133,8 @@ def report(prepared: "Prepared", as_json: bool) -> None:
 
 
 def main() -> None:
-    hint = "That is a setting of training: give it to os-sft, or to os-train sft."
-    sys.exit(run(app, sys.argv[1:] or ["--help"], elsewhere(DataJob, SftJob, hint)))
+    hint = "That is a setting of training: give it to os-sft or os-grpo, or to os-train."
+    sys.exit(run(app, sys.argv[1:] or ["--help"], elsewhere(DataJob, Training, hint)))
 
 
 if __name__ == "__main__":

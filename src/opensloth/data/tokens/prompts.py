@@ -16,8 +16,11 @@ from opensloth.data.tokens.rows import DroppedRow
 from opensloth.errors import UserError
 
 TOO_LONG = "prompt too long"
-# What rewards are given under these names comes from the prepared row itself
-OWN_COLUMNS = ("prompt", "answer", "row_id", "input_ids", "prompts", "completions", "completion_ids")
+# Names under which rewards are given something else than the source's column
+OWN_COLUMNS = (
+    *("prompt", "answer", "row_id", "input_ids"),  # of the prepared row
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # of the call
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,10 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._encoder = encoder_of(tokenizer)
         self._contract = contract
-        self._format = row_format
+        self._format = without_working(row_format)
         self._limit = max_prompt_len
         self._overlong = overlong
-        used = {row_format.columns[role] for role in used_roles(row_format.name) if role in row_format.columns}
-        self._left_out = used.union(OWN_COLUMNS)
+        self._left_out = {*self._format.columns.values(), *OWN_COLUMNS}
 
     def build(self, rows: Sequence[RawRow]) -> tuple[list[PromptRow], list[DroppedRow]]:
         """The prompts and the dropped rows, each in the order of `rows`.
@@ -102,10 +104,17 @@ class PromptBuilder:
         return {name: value for name, value in row.items() if name not in self._left_out}
 
 
-def used_roles(row_format: str) -> list[str]:
-    """The roles whose columns the prompt and the answer are made of."""
-    shape = SHAPES[row_format]
-    return [role for role in (*shape.required, *shape.optional) if role in PROMPT_ROLES or role == shape.gold]
+def without_working(row_format: RowFormat) -> RowFormat:
+    """The format that reads the same prompt and gold answer, whatever a row has for a working.
+
+    A prompt needs no working, so a row without a usable one is still a row, and the column is left to the rewards.
+    """
+    gold = SHAPES[row_format.name].gold
+    assert gold is not None
+    columns = {role: column for role, column in row_format.columns.items() if role in PROMPT_ROLES}
+    if row_format.name == "openmath":
+        return RowFormat("problem-answer", {**columns, "answer": row_format.columns[gold]})
+    return RowFormat(row_format.name, {**columns, gold: row_format.columns[gold]})
 
 
 def check_overlong(overlong: str) -> None:
