@@ -49,7 +49,9 @@ def test_every_step_is_right_and_the_last_result_is_the_answer(
         assert int(row["expected_answer"]) >= 0
 
 
-def test_the_held_out_problems_share_no_story_name_thing_or_numbers(rows: dict[str, list[dict[str, str]]]) -> None:
+def test_the_held_out_problems_tell_the_same_stories_with_other_names_things_and_numbers(
+    rows: dict[str, list[dict[str, str]]],
+) -> None:
     def words(row: dict[str, str]) -> str:
         known = (*sample.NAMES["train"], *sample.NAMES["test"], *sample.THINGS["train"], *sample.THINGS["test"])
         return re.sub("|".join((r"\d+", *known, *sample.PLACES)), "_", row["problem"])
@@ -59,9 +61,8 @@ def test_the_held_out_problems_share_no_story_name_thing_or_numbers(rows: dict[s
         return a, b
 
     train, test = rows["train"], rows["test"]
-    assert not {words(row) for row in train} & {words(row) for row in test}
-    assert len({words(row) for row in train}) == len(sample.TRAIN)
-    assert len({words(row) for row in test}) == len(sample.TEST)
+    assert {words(row) for row in train} == {words(row) for row in test}
+    assert len({words(row) for row in train}) == len(sample.STORIES)
     assert not {operands(row) for row in train} & {operands(row) for row in test}
     assert not set(sample.NAMES["train"]) & set(sample.NAMES["test"])
     assert not set(sample.THINGS["train"]) & set(sample.THINGS["test"])
@@ -84,17 +85,17 @@ def test_rows_are_short_and_of_the_openmath_format(rows: dict[str, list[dict[str
 
 def test_the_rows_are_the_same_everywhere_and_always() -> None:
     """A change here changes what everybody's runs saw: raise sample.VERSION with it."""
-    assert sample.VERSION == 1
+    assert sample.VERSION == 2
     assert list(islice(arithmetic("train"), 2)) == [
         {
-            "problem": "Each day Ana makes 41 books before noon and 56 after it. How many books is that in 6 days?",
-            "generated_solution": "<think>\nEach day: 41 + 56 = 97. All days: 97 * 6 = 582.\n</think>",
-            "expected_answer": "582",
+            "problem": "Carla had 18 buttons, lost 13 of them and later found 22. How many buttons does Carla have?",
+            "generated_solution": "<think>\nAfter losing: 18 - 13 = 5. Now: 5 + 22 = 27.\n</think>",
+            "expected_answer": "27",
         },
         {
-            "problem": "Leo puts 54 coins into 3 equal piles and adds 20 to one pile. How many coins are in that pile?",
-            "generated_solution": "<think>\nIn a pile: 54 / 3 = 18. In that pile: 18 + 20 = 38.\n</think>",
-            "expected_answer": "38",
+            "problem": "Kira had 43 shells, lost 16 of them and later found 16. How many shells does Kira have?",
+            "generated_solution": "<think>\nAfter losing: 43 - 16 = 27. Now: 27 + 16 = 43.\n</think>",
+            "expected_answer": "43",
         },
     ]
     assert list(arithmetic("test", 7)) == list(islice(arithmetic("test"), 7))
