@@ -1,51 +1,40 @@
 """`--dry-run`: the resolved job, its batch arithmetic, and the memory and disk it needs. It changes nothing on disk.
 
-Prepared data is counted exactly. Of a local file or a sample the first rows are tokenized and the rest is estimated;
-nothing is fetched from a hub for it.
+Here are os-data, SFT, and what all dry runs share. Prepared data is counted exactly.
 """
 
 import json
 import math
-import os
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log
-from opensloth.cli.model_facts import config_of
+from opensloth.cli.dry_run_data import Figures, judge, size
+from opensloth.cli.model_facts import config_of, local_model
 from opensloth.cli.options import Request
 from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
 from opensloth.config.run import SftOptions, TrainOptions
-from opensloth.errors import UserError
 from opensloth.launch.world import speaks
 
 if TYPE_CHECKING:
     from opensloth.data.prepared.directory import Prepared
     from opensloth.launch.world import World
 
-FIRST_ROWS = 1_000
-BYTES_PER_TOKEN = 8  # an id and a label, four bytes each
-GIB = 2**30
-
-Figures = dict[str, str]
-
 
 def plan_data(request: Request[DataJob]) -> None:
     from opensloth.data.prepared.prepare import default_output
 
     job = request.job
-    figures = data_figures(job)[0]
-    show(request.resolved, {**figures, "output": str(job.output or default_output(job))}, request.as_json)
+    show(request.resolved, {**judge(job).figures, "output": str(job.output or default_output(job))}, request.as_json)
 
 
 def plan_train_sft(request: Request[TrainSftJob], data: DataJob, world: "World") -> None:
     from opensloth.data.prepared.prepare import default_output
 
-    figures, rows, tokens = data_figures(data)
-    figures["prepared data"] = str(data.output or default_output(data))
-    if tokens:
-        figures |= estimated_steps(request.job, rows, tokens, world.processes)
+    judged = judge(data)
+    figures = {**judged.figures, "prepared data": str(data.output or default_output(data))}
+    if judged.tokens:
+        figures |= estimated_steps(request.job, judged.rows, judged.tokens, world.processes)
     figures |= memory_figures(request.job, request.job.model, request.job.revision, world)
     show(request.resolved, figures, request.as_json)
 
@@ -69,83 +58,6 @@ def plan_sft(resolved: Resolved[SftJob], prepared: "Prepared", world: "World", a
     model = job.model or prepared.manifest.model
     figures |= memory_figures(job, model, job.revision, world, longest=int(prepared.lengths.max()))
     show(resolved, figures, as_json)
-
-
-def data_figures(job: DataJob) -> tuple[Figures, int, int]:
-    """What preparing `job` would give, judged by its first rows; with the estimated rows and tokens (0: unknown).
-
-    Raises UserError for an input, mapping or template that preparing would refuse too.
-    """
-    from opensloth.data.messages.examples import detect_format, parse_mapping
-    from opensloth.data.models.resolve import load_tokenizer
-    from opensloth.data.prepared.prepare import recipe_for
-    from opensloth.data.sources.open import is_path, open_source
-
-    if not is_local(job.input) and not is_path(job.input):
-        return {"data": "not estimated: that would fetch the data set from the hub"}, 0, 0
-    source = open_source(job.input, split=job.split, subset=job.subset, revision=job.data_revision, samples=job.samples)
-    detect_format(source.columns, parse_mapping(list(job.map)), job.method)
-    model = local_model(job.model, job.revision)
-    if isinstance(model, str):
-        return {"data": f"not estimated: {model}"}, 0, 0
-    tokenizer = load_tokenizer(model, job.trust_remote_code)
-    recipe = recipe_for(job, source, model, tokenizer)
-    first = list(islice(source.rows(), FIRST_ROWS))
-    kept, dropped = recipe.builder(tokenizer).build(first)
-    whole = len(first) < FIRST_ROWS
-    rows_in = len(first) if whole else estimated_rows(job, source.size, first[-1].line)
-    figures = {"judged by": f"all {len(first):,} rows" if whole else f"the first {len(first):,} rows: an estimate"}
-    figures["row format"] = recipe.row_format.name
-    unit, ids = ("prompts", "prompt tokens") if job.method == "grpo" else ("rows", "tokens")
-    if rows_in is None:
-        figures[unit] = f"{len(kept):,} of the first {len(first):,}"
-        return figures, 0, 0
-    share = rows_in / max(len(first), 1)
-    rows, tokens = round(len(kept) * share), round(sum(len(row.input_ids) for row in kept) * share)
-    about = "" if whole else "about "
-    figures[unit] = f"{about}{rows:,} of {rows_in:,}" + (
-        f", {round(len(dropped) * share):,} dropped" if dropped else ""
-    )
-    figures[ids] = f"{about}{tokens:,}"
-    if job.method == "grpo":
-        longest = max((len(row.input_ids) for row in kept), default=0)
-        figures["longest prompt"] = f"{longest:,} tokens" + ("" if whole else " so far")
-        return figures, rows, tokens
-    packs = max(math.ceil(tokens / job.max_seq_length), 1) if job.packing else rows
-    figures["packs"] = f"about {packs:,} of at most {job.max_seq_length:,} tokens, shards: {job.gpus}"
-    figures["disk"] = f"{about}{size(tokens * BYTES_PER_TOKEN)} of prepared data"
-    return figures, rows, tokens
-
-
-def is_local(spec: str) -> bool:
-    return spec.startswith("sample:") or Path(spec).expanduser().exists()
-
-
-def local_model(spec: str, revision: str | None) -> Any:
-    """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
-    from opensloth.data.models.resolve import resolve_model
-    from opensloth.data.models.smollm2 import is_converted
-
-    if spec == "sample:smollm2" and not is_converted():
-        return "the sample model has not been converted yet, which the first real run does"
-    if is_local(spec):
-        return resolve_model(spec, revision)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a dry run fetches nothing; the hub client's cache may have it
-    try:
-        return resolve_model(spec, revision)
-    except UserError:
-        return f"{spec} is not on this machine yet"
-
-
-def estimated_rows(job: DataJob, known: int | None, last_line: int) -> int | None:
-    """Rows of the whole input: as the source knows, else by the size of a plain text file, else None."""
-    path = Path(job.input).expanduser()
-    if known is None and path.suffix in (".jsonl", ".csv"):
-        with path.open("rb") as file:
-            read = sum(len(line) for line in islice(file, last_line))
-        known = round(path.stat().st_size / max(read, 1) * FIRST_ROWS)
-        known = min(known, job.samples) if job.samples else known
-    return known
 
 
 def estimated_steps(job: SftOptions, rows: int, tokens: int, processes: int) -> Figures:
@@ -195,10 +107,6 @@ def memory_figures(
     weights = need.adapter // 4  # fp32 weights, gradients and two moments are equal parts of it
     disk = weights * (3 * job.save_total_limit + 2)
     return {"memory": text, "disk of the run": f"{size(disk)} with {job.save_total_limit} checkpoints, at most"}
-
-
-def size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
 
 
 def show(resolved: Resolved[Any], figures: Figures, as_json: bool) -> None:

@@ -1,5 +1,7 @@
-"""What a model's small files tell about it: its sizes, and the rank of an adapter."""
+"""What a model's small files tell about it: whether it is on this machine, its sizes, the rank of an adapter."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth import paths
@@ -32,3 +34,23 @@ def rank_and_alpha(ref: "ModelRef") -> tuple[int, float] | None:
         return None
     config = paths.read_json(ref.adapter / "adapter_config.json", "an adapter")
     return int(config["r"]), float(config["lora_alpha"])
+
+
+def is_local(spec: str) -> bool:
+    return spec.startswith("sample:") or Path(spec).expanduser().exists()
+
+
+def local_model(spec: str, revision: str | None) -> Any:
+    """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
+    from opensloth.data.models.resolve import resolve_model
+    from opensloth.data.models.smollm2 import is_converted
+
+    if spec == "sample:smollm2" and not is_converted():
+        return "the sample model has not been converted yet, which the first real run does"
+    if is_local(spec):
+        return resolve_model(spec, revision)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a dry run fetches nothing; the hub client's cache may have it
+    try:
+        return resolve_model(spec, revision)
+    except UserError:
+        return f"{spec} is not on this machine yet"

@@ -10,22 +10,19 @@ if TYPE_CHECKING:
 
 
 def stop_ids(tokenizer: Any, contract: "PromptContract", asked: Sequence[str] = ()) -> list[int]:
-    """The ids of `asked` (`--stop`), or else of the contract's stop tokens, each once.
+    """The ids of the contract's stop tokens, and of `asked` (`--stop`), each once.
 
     Raises UserError for a text of `asked` that is not one token: generation looks at one token at a time.
     """
-    found: list[int] = []
+    known = map(tokenizer.convert_tokens_to_ids, contract.stop)
+    found = [token for token in known if isinstance(token, int)]
     for text in asked:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             pieces = " ".join(repr(tokenizer.decode([token])) for token in ids) or "nothing"
             raise UserError(
                 f"--stop {text!r} is {len(ids)} tokens of this tokenizer ({pieces}), and one is needed.",
-                f"The contract's are {', '.join(contract.stop)}; leave --stop out to use them.",
+                f"The contract's own, {', '.join(contract.stop)}, end a completion in any case.",
             )
         found += ids
-    for text in contract.stop if not asked else ():
-        token = tokenizer.convert_tokens_to_ids(text)
-        if isinstance(token, int):
-            found.append(token)
     return list(dict.fromkeys(found))
