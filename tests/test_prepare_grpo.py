@@ -306,6 +306,26 @@ def test_show_has_the_prompt_its_answer_and_columns(prepared):
     assert "<th>answer</th><td>6</td>" in page(shown)
 
 
+def test_show_cuts_long_columns_and_no_answers(job):
+    data = prepare(job([{"problem": "What is 1 + 1?", "answer": "2" * 900, "solution": "long " * 900}]))
+    known = view(data.directory, 0, 1, False).rows[0].known
+    assert known["answer"] == "2" * 900
+    assert known["solution"].startswith("long long")
+    assert known["solution"].endswith("... (4,500 characters)")
+
+
+def test_what_a_prompt_says_cannot_move_the_terminal_or_the_page(job):
+    evil = "\x1b[31mred <script>alert(1)</script>"
+    data = prepare(job([{"problem": evil, "answer": evil, evil: evil}]))
+    shown = view(data.directory, 0, 1, False)
+    console = Console(width=200, highlight=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(terminal(shown))
+    assert "\x1b" not in capture.get() + page(shown)
+    assert "<script" not in page(shown)
+    assert page(shown).count("&lt;script&gt;") >= 4
+
+
 def test_a_dry_run_counts_prompts(tmp_path, model):
     source = write_rows(tmp_path / "rows.jsonl", [question(number) for number in range(9)] + [question(1, 500)])
     result = command("prepare", source, "--model", model, "--method", "grpo", "--dry-run", "--json")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BARS = 12
 DROPS_NAMED = 20
+LONGEST_VALUE = 500  # characters of another column
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def view_row(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", index: in
 
 
 def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A column's value, or its beginning: a generated solution may be as long as a book's chapter."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], trained: Sequence[bool]) -> list[Piece]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from opensloth.data.messages.conversation import is_blank
 from opensloth.data.messages.examples import BadRow, RowFormat
 from opensloth.data.messages.formats import PROMPT_ROLES, SHAPES
 from opensloth.data.prompt.contract import PromptContract
@@ -96,8 +95,7 @@ class PromptBuilder:
         if row.value is None:
             raise BadRow(row.problem or "no row")
         example = self._format.example(row.value)
-        if example.answer is None or is_blank(example.answer):
-            raise BadRow("no answer")
+        assert example.answer is not None  # a row whose gold answer is missing or blank was refused by its format
         return self._contract.prompt_messages(example), example.answer
 
     def _others(self, row: Mapping[str, Any]) -> dict[str, Any]:
