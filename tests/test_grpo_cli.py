@@ -302,7 +302,9 @@ def test_the_reference_is_what_training_starts_from(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 24}')
     job = resolve(GrpoJob, {"data": "d", "beta": 0.1}).job
     adapted = model_figures(job, ModelRef("a", "base", None, tmp_path, "a"))
-    assert "r 8, alpha 24" in adapted["adapter"]
+    assert adapted["adapter"].endswith("r 8, alpha 24")
+    told = model_figures(job.model_copy(update={"lora_r": 64}), ModelRef("a", "base", None, tmp_path, "a"))
+    assert told["adapter"].endswith("r 8, alpha 24; --lora-r 64 is not used")
     assert "that adapter as it is now, frozen" in adapted["reference"]
     whole = model_figures(job.model_copy(update={"full_finetuning": True}), ModelRef("b", "base", None, None, "b"))
     assert "a frozen copy of base" in whole["reference"]
@@ -318,8 +320,11 @@ def test_the_job_says_its_method_and_what_was_settled(call, started):
     assert record["method"] == "grpo"
     assert record["identity"]["rewards"] == "math_format=1, math_answer=1, math_number=1, demo_reward=1"
     assert record["settings"]["prompts_per_step"] == {"value": 4, "origin": "flag"}
-    assert "a batch: 4 prompts x 2 completions = 8 completions" in err
+    assert "rewards: math_format, math_answer, math_number, demo_reward" in err
     assert "reference: none (--beta 0)" in err
+    code, out, err = call(grpo.app, "d", "--processes", 1, *SMALL)
+    assert "already finished" in out
+    assert err == ""
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ A mistake in any of them would show only after the model was loaded, or not at a
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log
 from opensloth.cli.model_facts import config_of, context_length, rank_and_alpha
-from opensloth.config.base import Resolved
+from opensloth.config.base import Resolved, declared
 from opensloth.config.jobs import GrpoJob
 from opensloth.config.run import GrpoOptions
-from opensloth.data.plan.batches import lay_out
+from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.errors import UserError
 from opensloth.rewards.choose import OF_THE_TRAINER, chosen, content, in_words
 from opensloth.rewards.gold import gold_check
@@ -36,20 +36,14 @@ def start_grpo(resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World"
     """Check the job, say what it will do, and train. Raises as `check_data`, `check_model` and `start`."""
     from opensloth.data.models.resolve import resolve_model
     from opensloth.launch.run_directory import start
-    from opensloth.launch.world import speaks
 
     job = resolved.job
     rewards = check_data(job, prepared, world.processes)
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
-    figures = batch_figures(job, world.processes) | steps_figure(job, prepared, world.processes)
-    figures["rewards"] = in_words(rewards)
-    figures |= check_model(job, prepared, ref)
-    if speaks():
-        for name, text in figures.items():
-            log.say(f"{name}: {text}")
+    notes = {"rewards": in_words(rewards)} | check_model(job, prepared, ref)
     contents = {"rewards": content(job, rewards)}
     files = {GOLD_FAILURES: lambda: gold_failures(job, prepared, rewards)}
-    return start(job, resolved.origins, prepared, world, contents=contents, files=files)
+    return start(job, resolved.origins, prepared, world, contents=contents, files=files, notes=notes)
 
 
 def check_before_data(job: GrpoOptions, processes: int) -> None:
@@ -91,20 +85,23 @@ def batch_figures(job: GrpoOptions, processes: int) -> Figures:
 
 
 def steps_figure(job: GrpoJob, prepared: "Prepared", processes: int) -> Figures:
-    """Optimizer steps and epochs. Raises UserError where there are too few rows for a batch."""
-    plan = lay_out(prepared, job, seed=seed_of(job, prepared), processes=processes)
+    """Optimizer steps and epochs."""
+    plan = batches_of(job, prepared, processes)
     rows = int((~prepared.is_eval).sum())
     return {"steps": f"{plan.steps:,}, {plan.epoch[-1]:.4g} epochs of {rows:,} prompts"}
 
 
-def seed_of(job: GrpoJob, prepared: "Prepared") -> int:
-    return job.seed if job.seed is not None else int(prepared.manifest.options["seed"])
+def batches_of(job: GrpoJob, prepared: "Prepared", processes: int, left_out: Collection[int] = ()) -> Batches:
+    """All batches of the run. Raises UserError where there are too few rows for one."""
+    seed = job.seed if job.seed is not None else int(prepared.manifest.options["seed"])
+    return lay_out(prepared, job, seed=seed, processes=processes, left_out=left_out)
 
 
 def check_data(job: GrpoJob, prepared: "Prepared", processes: int) -> list[WeightedReward]:
     """The rewards of a job. Raises UserError where they, or the batch, do not fit the data."""
     rewards = chosen(job, prepared.contract.tags)
     check_batch(job, processes)
+    batches_of(job, prepared, processes)
     row = prepared.rows.prompt(0)
     columns = {*OF_THE_TRAINER, "answer", "row_id", *row.columns}
     for reward in rewards:
@@ -146,6 +143,12 @@ def model_figures(job: GrpoOptions, ref: "ModelRef") -> Figures:
     figures: Figures = {}
     if (adapter := rank_and_alpha(ref)) is not None:
         figures["adapter"] = f"goes on from {ref.adapter}: r {adapter[0]}, alpha {adapter[1]:g}"
+        own = dict(zip(("lora_r", "lora_alpha"), adapter, strict=True))
+        given = [
+            item for item in declared(GrpoOptions) if item.name in own and getattr(job, item.name) != own[item.name]
+        ]
+        asked = [item for item in given if getattr(job, item.name) != item.info.default]
+        figures["adapter"] += "".join(f"; {item.flag} {getattr(job, item.name)} is not used" for item in asked)
         reference = f"that adapter as it is now, frozen ({ref.adapter})"
     elif job.full_finetuning:
         figures["adapter"], reference = "none: all weights train", f"a frozen copy of {ref.base}"
@@ -185,6 +188,6 @@ def gold_failures(job: GrpoJob, prepared: "Prepared", rewards: list[WeightedRewa
             f"{len(failures):,} of {count:,} rows have a gold answer that the rewards misjudge and are left out "
             f"(rows {ids}); {GOLD_FAILURES} in the run directory says why"
         )
-        lay_out(prepared, job, seed=seed_of(job, prepared), processes=1, left_out=[one.row for one in failures])
+        batches_of(job, prepared, 1, left_out=[one.row for one in failures])
     lines = [{"row_id": one.row, "answer": one.answer, "reason": one.reason} for one in failures]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

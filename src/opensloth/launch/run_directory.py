@@ -19,7 +19,7 @@ from opensloth.data.prepared.directory import Prepared
 from opensloth.errors import UserError
 from opensloth.launch.launcher import run_workers
 from opensloth.launch.torchrun import leader_first
-from opensloth.launch.world import World
+from opensloth.launch.world import World, speaks
 
 JOB, RESULT, CHECKPOINTS = "job.json", "result.json", "checkpoints"
 METHOD = {kind: name for name, kind in TRAINING.items()}
@@ -77,12 +77,14 @@ def start(
     *,
     contents: Mapping[str, Any] = NOTHING,
     files: Mapping[str, Callable[[], str]] = NOTHING,
+    notes: Mapping[str, str] = NOTHING,
 ) -> Result:
     """Train, go on with an unfinished run of the same job, or say that it is finished.
 
     Args:
         contents: see `identity`.
         files: what the run directory holds before the workers start, by name; each text is made once in a run's life.
+        notes: what people are told then, by name.
     Raises:
         UserError: the directory holds another job (the settings that differ are named), or something else.
         WorkerFailed, RunStopped: as `launcher.run_workers`.
@@ -102,7 +104,7 @@ def start(
         "world": {"processes": world.processes, "devices": list(world.devices), "nodes": world.nnodes},
     }
     with one_command(output, world):
-        return run(output, job, record, prepared, world, files)
+        return run(output, job, record, prepared, world, files, notes)
 
 
 def one_command(output: Path, world: World) -> AbstractContextManager[None]:
@@ -123,11 +125,15 @@ def run(
     prepared: Prepared,
     world: World,
     files: Mapping[str, Callable[[], str]],
+    notes: Mapping[str, str],
 ) -> Result:
     finished = leader_first("run directory", lambda: open_run(output, job, record, world, files))
     if finished:
         return Result(output, "already finished", finished)
     log.say(f"run directory: {output}")
+    if speaks():
+        for name, text in notes.items():
+            log.say(f"{name}: {text}")
     if prepared.manifest.shards != world.processes:
         log.say(
             f"processes: the data was planned for {prepared.manifest.shards}; its rows are dealt to {world.processes}"
