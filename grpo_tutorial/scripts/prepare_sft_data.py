@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace) -> None:
     split = options.split or ("cot" if options.dataset == DATASET else "train")
     source = open_source(options.dataset, split=split, subset=options.subset)
     row_format = detect_format(source.columns, {})
-    if not SHAPES[row_format.name].answered:
+    if SHAPES[row_format.name].gold is None:
         hint = "Use a set like OpenMathReasoning or GSM8K, or give your own rows straight to os-data."
         raise UserError(f"The rows of {options.dataset} do not hold working and answer apart.", hint)
     dropped: Counter[str] = Counter()

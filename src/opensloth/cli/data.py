@@ -69,7 +69,10 @@ def prepare(request: Request[DataJob]) -> None:
     from opensloth.data.prepared.build import hide_torch
     from opensloth.data.prepared.prepare import prepare
 
-    if not request.job.trust_remote_code and (request.job.model != "sample:smollm2" or is_converted()):
+    here = request.job.input.startswith("sample:") or Path(request.job.input).expanduser().exists()
+    needs_torch = not here  # to hash what it was asked for, `datasets` imports torch where sys.modules has the name
+    needs_torch |= request.job.trust_remote_code or (request.job.model == "sample:smollm2" and not is_converted())
+    if not needs_torch:
         hide_torch()
     report(prepare(request.job), request.as_json)
 
