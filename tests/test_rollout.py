@@ -1,11 +1,14 @@
 """Completions: drawn as asked, by noise that knows nothing but places, from a model that is left as it was."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from opensloth.engine import attention
+from opensloth.rollout.decode import serves
 from opensloth.rollout.generate import as_policy, generate
 from opensloth.rollout.sampling import Noise, Sampling, choose
 from tiny import tiny_model, tiny_tokenizer
@@ -25,6 +28,13 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     return tiny_model(tokenizer)
+
+
+@pytest.fixture(params=["our loop", "transformers"])
+def either_way(request, monkeypatch):
+    """Both ways of making completions: what a test says holds for each."""
+    if request.param == "transformers":
+        monkeypatch.setattr("opensloth.rollout.generate.serves", lambda policy: False)
 
 
 @pytest.fixture
@@ -166,6 +176,11 @@ def test_a_way_to_sample_that_makes_no_sense_is_refused(bad):
 # ---- completions
 
 
+def both(test):
+    return pytest.mark.usefixtures("either_way")(test)
+
+
+@both
 def test_greedy_is_what_generate_writes(model):
     model.eval()
     for prompt, rollout in zip(PROMPTS, write(model), strict=True):
@@ -176,6 +191,7 @@ def test_greedy_is_what_generate_writes(model):
         assert rollout.ids == out[0, len(prompt) :].tolist()
 
 
+@both
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(temperature=0.7, top_k=20)], ids=repr)
 def test_logprobs_are_those_of_a_plain_forward_pass(adapted, sampling):
     rollouts = write(adapted, sampling=sampling)
@@ -186,6 +202,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(adapted, sampling):
         torch.testing.assert_close(torch.tensor(rollout.logprobs), plain[:, 0], rtol=0, atol=1e-4)
 
 
+@both
 def test_completions_depend_on_their_slots_alone(model):
     whole = write(model, sampling=Sampling(), batch=8)
     assert len({tuple(rollout.ids) for rollout in whole}) == len(PROMPTS)  # equal prompts are answered differently
@@ -203,6 +220,7 @@ def test_completions_depend_on_their_slots_alone(model):
     assert [rollout.ids for rollout in write(model, sampling=Sampling(), seed=12)] != same
 
 
+@both
 def test_a_completion_ends_with_its_stop_token_or_is_cut(model):
     free = write(model, sampling=Sampling(), stops=(), max_new=10)
     assert all(len(rollout.ids) == 10 for rollout in free)
@@ -216,6 +234,7 @@ def test_a_completion_ends_with_its_stop_token_or_is_cut(model):
     assert len(ended[2].ids) == 1
 
 
+@both
 def test_settings_that_come_with_a_model_change_nothing(model):
     plain = write(model, sampling=Sampling())
     model.generation_config.update(
@@ -224,6 +243,34 @@ def test_settings_that_come_with_a_model_change_nothing(model):
     )  # fmt: skip
     assert write(model, sampling=Sampling()) == plain
     assert model.generation_config.repetition_penalty == 9.0
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "granite"])
+def test_our_loop_writes_what_transformers_does(tokenizer, arch, monkeypatch):
+    model = tiny_model(tokenizer, arch).eval()
+    assert serves(model)
+    groups = [prompt for prompt in PROMPTS for _ in range(4)]
+    stops = tuple(range(0, 700, 9))  # completions end one after the other, so that the batch shrinks
+    ours = write(model, groups, sampling=Sampling(), stops=stops, max_new=24)
+    monkeypatch.setattr("opensloth.rollout.generate.serves", lambda policy: False)
+    theirs = write(model, groups, sampling=Sampling(), stops=stops, max_new=24)
+    assert [rollout.ids for rollout in ours] == [rollout.ids for rollout in theirs]
+    lengths = {len(rollout.ids) for rollout in ours}
+    assert len(lengths) > 5
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_our_loop_leaves_other_caches_to_transformers(tokenizer, model, monkeypatch):
+    sliding = tiny_model(tokenizer, "mistral")
+    assert sliding.config.sliding_window
+    assert not serves(sliding)
+    assert serves(model)
+    model.set_attn_implementation("eager")
+    assert not serves(model)
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setitem(sys.modules, "unsloth", sys)
+    assert not serves(model)
 
 
 def test_finished_completions_are_counted(model):
@@ -243,6 +290,7 @@ def test_sampling_needs_a_slot_for_each_prompt(model):
         generate(model, PROMPTS, stops=(), pad=0, max_new=2, sampling=Sampling())
 
 
+@both
 def test_a_broken_model_is_noticed(model):
     with torch.no_grad():
         model.lm_head.weight[:] = torch.nan
@@ -277,6 +325,7 @@ def training(adapted):
     return adapted
 
 
+@both
 def test_the_model_is_left_as_it_was(training):
     weights = {name: tensor.clone() for name, tensor in training.state_dict().items()}
     before = state(training)
@@ -296,6 +345,7 @@ def break_off(model):
         raise KeyError
 
 
+@both
 def test_the_policy_is_the_one_that_trains(training):
     """Neither dropout nor recomputation nor packed attention changes what is written, and the adapter counts."""
     found = write(training, sampling=Sampling())
@@ -307,6 +357,7 @@ def test_the_policy_is_the_one_that_trains(training):
         assert write(training, sampling=Sampling()) != found
 
 
+@both
 def test_a_model_inside_data_parallel_writes_the_same(training, tmp_path):
     alone = write(training, sampling=Sampling())
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)

@@ -1,7 +1,7 @@
 """Completions of prompts by exactly the policy that trains: the model as it is, its adapter unmerged.
 
-The plain path through transformers' `generate`, which serves every causal model and engine. It brings no choice of its
-own: the token of each step is chosen by `sampling.choose`, and `generate` is left with nothing else to pick.
+By our own loop (decode.py) or, for the models that it does not serve, by transformers' `generate`. That brings no choice
+of its own: the token of each step is chosen by `sampling.choose`, and it is left with nothing else to pick.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
+from opensloth.rollout.decode import decode, serves
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 BATCH = {"cpu": 64, "cuda": 256}  # completions at once
@@ -66,17 +67,19 @@ def generate(
     with as_policy(model) as policy:
         device = next(policy.parameters()).device
         size = batch or BATCH.get(device.type, BATCH["cpu"])
+        write = decode if serves(policy) else by_transformers
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = None if uniforms is None else uniforms[rows].to(device)
-            written = complete(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
-            found.update(zip(rows, written, strict=True))
+            written = write(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
+            for row, tokens, logprobs in zip(rows, *written, strict=True):
+                found[row] = rollout(tokens, logprobs, stops)
             if done is not None:
                 done(len(found))
     return [found[index] for index in range(len(prompts))]
 
 
-def complete(
+def by_transformers(
     policy: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     stops: Sequence[int],
@@ -84,8 +87,8 @@ def complete(
     max_new: int,
     sampling: Sampling,
     uniforms: torch.Tensor | None,
-) -> list[Rollout]:
-    """One batch, padded on the left. `uniforms`: (prompts, max_new), on the model's device."""
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What `decode` does, for any model. After a stop token there may be more, without a meaning."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -100,8 +103,7 @@ def complete(
         generation_config=settings,
         logits_processor=LogitsProcessorList([chooser]),
     )
-    logprobs = torch.stack(chooser.logprobs, 1).tolist()
-    return [rollout(tokens, values, stops) for tokens, values in zip(out[:, longest:].tolist(), logprobs, strict=True)]
+    return out[:, longest:].tolist(), torch.stack(chooser.logprobs, 1).tolist()
 
 
 class Chooser(LogitsProcessor):  # type: ignore[misc]

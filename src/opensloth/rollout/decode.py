@@ -1,0 +1,136 @@
+"""Our own decoding loop: the same completions as transformers' `generate`, with less work.
+
+Each distinct prompt goes through the model once, whatever the size of its group; the memory of keys and values is laid
+out once, not copied at every token; and what has ended leaves the batch. It serves transformers' own models with plain
+attention over everything; `serves` says for which models, and all others are left to `generate`.
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from opensloth.engine import attention
+from opensloth.rollout.sampling import Sampling, choose
+
+WORDS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+LEAVE = 0.8  # the batch shrinks when no more than this share of it goes on: shrinking copies the memory
+
+
+def serves(policy: torch.nn.Module) -> bool:
+    """Whether this loop knows how the model keeps keys and values: one tensor each a layer, all positions seen."""
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    if "unsloth" in sys.modules or not isinstance(base, PreTrainedModel):
+        return False  # unsloth puts forward passes of its own, with a cache of their own, under transformers' classes
+    config = base.config
+    if not type(base).__module__.startswith("transformers.") or config.get_text_config(decoder=True) is not config:
+        return False
+    takes = inspect.signature(type(base).forward).parameters
+    if config._attn_implementation not in ("sdpa", attention.NAME) or not takes.keys() >= WORDS:
+        return False
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values (rows, heads, positions, head size), in buffers with room for what is to come."""
+
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def spread(self, rows: torch.Tensor, room: int) -> None:
+        """Row i becomes what row `rows[i]` was, with room for so many more positions."""
+        old = (self.keys, self.values)
+        length = self.get_seq_length()
+        keys, values = (x.new_empty(len(rows), x.shape[1], length + room, x.shape[3]) for x in old)
+        for buffer, x in zip((keys, values), old, strict=True):
+            buffer[:, :, :length] = x[rows]
+        self.buffers = (keys, values)
+        self.show(length)
+
+    def show(self, length: int) -> None:
+        if self.buffers is not None:
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.buffers is None:
+            super().update(key_states, value_states, *args, **kwargs)
+            return self.keys, self.values
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.show(end)
+        return self.keys, self.values
+
+
+def decode(
+    policy: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    pad: int,
+    max_new: int,
+    sampling: Sampling,
+    uniforms: torch.Tensor | None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """One batch. `uniforms`: (prompts, max_new), on the model's device.
+
+    Returns:
+        For each prompt the tokens up to the first stop token, with it, and their log-probabilities.
+    """
+    device = next(policy.parameters()).device
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: at for at, prompt in enumerate(distinct)}
+    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+    longest = max(map(len, distinct))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in distinct], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
+    ends = torch.tensor(list(stops), dtype=torch.long, device=device)
+    cache = Cache(layers=[RoomyLayer() for _ in DynamicCache(config=policy.config).layers])
+    logits = step(policy, ids, mask, cache)[source]
+    for layer in cache.layers:
+        layer.spread(source, max_new)
+    mask = torch.cat([mask[source], mask.new_ones(len(prompts), max_new)], 1)
+
+    rows = torch.arange(len(prompts), device=device)  # which completions are in the batch
+    tokens = torch.full((len(prompts), max_new), pad, device=device)
+    logprobs = torch.zeros((len(prompts), max_new), device=device)
+    lengths = torch.full((len(prompts),), max_new, device=device)
+    open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for at in range(max_new):
+        chosen, values = choose(logits, sampling, None if uniforms is None else uniforms[rows, at])
+        tokens[rows, at], logprobs[rows, at] = chosen, values
+        ended = torch.isin(chosen, ends) & open_
+        lengths[rows[ended]] = at + 1
+        open_ &= ~ended
+        left = int(open_.sum())
+        if left == 0 or at + 1 == max_new:
+            break
+        if left <= LEAVE * len(rows):
+            stay = open_.nonzero()[:, 0]
+            for layer in cache.layers:
+                layer.spread(stay, max_new - at)
+            rows, chosen, mask, open_ = rows[stay], chosen[stay], mask[stay], open_[stay]
+        logits = step(policy, chosen[:, None], mask[:, : longest + at + 1], cache)
+    ended_at = lengths.tolist()
+    return (
+        [row[:n] for row, n in zip(tokens.tolist(), ended_at, strict=True)],
+        [row[:n] for row, n in zip(logprobs.tolist(), ended_at, strict=True)],
+    )
+
+
+def step(policy: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """The logits after the last of `ids` (rows, new positions); `mask` is over the old positions too."""
+    positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+    out = policy(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
