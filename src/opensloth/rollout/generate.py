@@ -1,7 +1,7 @@
 """Completions of prompts by exactly the policy that trains: the model as it is, its adapter unmerged.
 
-By our own loop (decode.py) or, for the models that it does not serve, by transformers' `generate`. That brings no choice
-of its own: the token of each step is chosen by `sampling.choose`, and it is left with nothing else to pick.
+By our own loop (decode.py), or by transformers' `generate` for the models that the loop does not serve. That one brings no
+choice of its own: `sampling.choose` chooses the token of each step, and it is left with nothing else to pick.
 """
 
 from collections.abc import Callable, Iterator, Sequence
