@@ -156,7 +156,7 @@ class GrpoOptions(TrainOptions):
     top_p: float = option(1.0, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1)
     top_k: int = option(0, "Sample from the K likeliest tokens (0: all).", ge=0)
     min_p: float = option(0.0, "Leave out tokens below this share of the likeliest one's probability.", ge=0, lt=1)
-    stop: tuple[str, ...] = option((), "Tokens that end a completion.", shown="the contract's")
+    stop: tuple[str, ...] = option((), "A token that ends a completion, beside the contract's; may be repeated.")
 
     beta: float = option(0.0, "Weight of the KL divergence from the model that training starts from.", ge=0)
     loss: str = option(

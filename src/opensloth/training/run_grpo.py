@@ -9,13 +9,15 @@ import numpy as np
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from opensloth import log, rewards
+from opensloth import log
 from opensloth.config.jobs import GrpoJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
+from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import Engine, attention, load, native, policy
 from opensloth.errors import UserError
+from opensloth.rewards.choose import chosen
 from opensloth.rollout.sampling import Sampling
 from opensloth.training import grpo, plan
 from opensloth.training.advice import Advice
@@ -91,20 +93,11 @@ def describe_run(
         batch_size=job.batch_size,
         sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
         max_new=job.max_new,
-        stops=stop_ids(job, prepared, engine),
+        stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
         held_out=[prepared.rows.prompt(int(row)) for row in rows],
     )
-
-
-def stop_ids(job: GrpoJob, prepared: Prepared, engine: Engine) -> list[int]:
-    """The contract's stop tokens, and those of `--stop`. Raises UserError for a text that is no token."""
-    known = engine.tokenizer.get_vocab()
-    texts = [*prepared.contract.stop, *job.stop]
-    if unknown := [text for text in texts if text not in known]:
-        raise UserError(f"--stop {unknown[0]!r} is no token of the model.", "Name a special token of its tokenizer.")
-    return [known[text] for text in texts]
 
 
 def build_trainer(
@@ -124,11 +117,7 @@ def build_trainer(
         backend=place.backend,
         processes=place.processes,
     )
-    tags, every = prepared.contract.tags, job.print_samples_every
-    if job.rewards:
-        judges = rewards.load(job.rewards, tags=tags, print_every=every)
-    else:
-        judges = rewards.task(job.task, tags=tags, print_every=every)
+    judges = chosen(job, prepared.contract.tags)
     # TRL counts a completion as cut unless it ends with one of these
     model: Any = engine.model
     model.generation_config.eos_token_id = run.stops

@@ -14,8 +14,8 @@ def stop_ids(tokenizer: Any, contract: "PromptContract", asked: Sequence[str] = 
 
     Raises UserError for a text of `asked` that is not one token: generation looks at one token at a time.
     """
-    known = map(tokenizer.convert_tokens_to_ids, contract.stop)
-    found = [token for token in known if isinstance(token, int)]
+    vocabulary = tokenizer.get_vocab()
+    found: list[int] = [vocabulary[text] for text in contract.stop if text in vocabulary]
     for text in asked:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
