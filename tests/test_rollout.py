@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opensloth.engine import attention
 from opensloth.rollout.decode import serves
 from opensloth.rollout.generate import as_policy, generate
+from opensloth.rollout.grouped import grouped
 from opensloth.rollout.sampling import Noise, Sampling, choose
 from tiny import tiny_model, tiny_tokenizer
 
@@ -257,8 +259,24 @@ def test_our_loop_writes_what_transformers_does(tokenizer, arch, monkeypatch):
     assert [rollout.ids for rollout in ours] == [rollout.ids for rollout in theirs]
     lengths = {len(rollout.ids) for rollout in ours}
     assert len(lengths) > 5
+    assert model.config._attn_implementation == "sdpa"
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_grouped_attention_is_sdpa(new, heads):
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // 2
+    query, key, value = (torch.randn(3, count, length, 8) for count, length in ((heads, new), (2, 9), (2, 9)))
+    seen = torch.ones(3, 1, new, 9, dtype=torch.bool).tril(9 - new)
+    seen[1, ..., :4] = False
+    for mask in (seen, None) if new == 1 else (seen,):
+        ours, _ = grouped(module, query, key, value, mask, scaling=0.3)
+        theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_our_loop_leaves_other_caches_to_transformers(tokenizer, model, monkeypatch):

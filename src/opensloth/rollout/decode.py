@@ -1,13 +1,14 @@
 """Our own decoding loop: the same completions as transformers' `generate`, with less work.
 
-Each distinct prompt goes through the model once, whatever the size of its group; the memory of keys and values is laid
-out once, not copied at every token; and what has ended leaves the batch. It serves transformers' own models with plain
-attention over everything; `serves` says for which models, and all others are left to `generate`.
+Each distinct prompt goes through the model once, whatever the size of its group; keys and values are laid out once, not
+copied at every token (here) nor for every head (grouped.py); and what has ended leaves the batch. It serves
+transformers' own models with plain attention over everything; `serves` says which, and others are left to `generate`.
 """
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from opensloth.engine import attention
+from opensloth.rollout import grouped
 from opensloth.rollout.sampling import Sampling, choose
 
 WORDS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -70,6 +72,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
+@contextmanager
+def grouped_attention(policy: torch.nn.Module) -> Iterator[None]:
+    base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    before = base.config._attn_implementation
+    base.set_attn_implementation(grouped.NAME)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
 def decode(
     policy: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -93,31 +106,31 @@ def decode(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
     ends = torch.tensor(list(stops), dtype=torch.long, device=device)
     cache = Cache(layers=[RoomyLayer() for _ in DynamicCache(config=policy.config).layers])
-    logits = step(policy, ids, mask, cache)[source]
-    for layer in cache.layers:
-        layer.spread(source, max_new)
-    mask = torch.cat([mask[source], mask.new_ones(len(prompts), max_new)], 1)
-
     rows = torch.arange(len(prompts), device=device)  # which completions are in the batch
     tokens = torch.full((len(prompts), max_new), pad, device=device)
     logprobs = torch.zeros((len(prompts), max_new), device=device)
     lengths = torch.full((len(prompts),), max_new, device=device)
     open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for at in range(max_new):
-        chosen, values = choose(logits, sampling, None if uniforms is None else uniforms[rows, at])
-        tokens[rows, at], logprobs[rows, at] = chosen, values
-        ended = torch.isin(chosen, ends) & open_
-        lengths[rows[ended]] = at + 1
-        open_ &= ~ended
-        left = int(open_.sum())
-        if left == 0 or at + 1 == max_new:
-            break
-        if left <= LEAVE * len(rows):
-            stay = open_.nonzero()[:, 0]
-            for layer in cache.layers:
-                layer.spread(stay, max_new - at)
-            rows, chosen, mask, open_ = rows[stay], chosen[stay], mask[stay], open_[stay]
-        logits = step(policy, chosen[:, None], mask[:, : longest + at + 1], cache)
+    with grouped_attention(policy):
+        logits = step(policy, ids, mask, cache)[source]
+        for layer in cache.layers:
+            layer.spread(source, max_new)
+        mask = torch.cat([mask[source], mask.new_ones(len(prompts), max_new)], 1)
+        for at in range(max_new):
+            chosen, values = choose(logits, sampling, None if uniforms is None else uniforms[rows, at])
+            tokens[rows, at], logprobs[rows, at] = chosen, values
+            ended = torch.isin(chosen, ends) & open_
+            lengths[rows[ended]] = at + 1
+            open_ &= ~ended
+            left = int(open_.sum())
+            if left == 0 or at + 1 == max_new:
+                break
+            if left <= LEAVE * len(rows):
+                stay = open_.nonzero()[:, 0]
+                for layer in cache.layers:
+                    layer.spread(stay, max_new - at)
+                rows, chosen, mask, open_ = rows[stay], chosen[stay], mask[stay], open_[stay]
+            logits = step(policy, chosen[:, None], mask[:, : longest + at + 1], cache)
     ended_at = lengths.tolist()
     return (
         [row[:n] for row, n in zip(tokens.tolist(), ended_at, strict=True)],

@@ -1,6 +1,6 @@
 """Completions of prompts by exactly the policy that trains: the model as it is, its adapter unmerged.
 
-By our own loop (decode.py), or by transformers' `generate` for the models that the loop does not serve. That one brings no
+By our own loop (decode.py), or by transformers' `generate` for models that the loop does not serve. That one brings no
 choice of its own: `sampling.choose` chooses the token of each step, and it is left with nothing else to pick.
 """
 
