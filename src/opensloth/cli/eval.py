@@ -27,7 +27,7 @@ def evaluate(request: Request[EvalJob]) -> None:
         from opensloth.cli.dry_run import show as show_plan
 
         answers = f"1 greedy and {job.group_size} sampled" if job.group_size > 1 else "1, greedy"
-        plan = {"models": f"{len(job.model)}, one after the other", "answers to a problem": answers}
+        plan = {"models": f"{len(job.model)}, one after the other", "answers to each": answers}
         show_plan(request.resolved, plan, request.as_json)
         return
     from opensloth.evaluation.compare import compare
