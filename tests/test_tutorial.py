@@ -317,7 +317,7 @@ def test_troubleshooting_quotes_the_products_own_messages(message: str) -> None:
 
 def dry(command: str) -> str:
     """The command without its effect: each is run for real by its script."""
-    looks = "os-data show" in command or "--dry-run" in command
+    looks = any(word in command for word in ("os-data show", "--dry-run", "--list-rewards"))
     return command if looks else f"{command.rstrip()} --dry-run"
 
 
