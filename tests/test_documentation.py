@@ -26,7 +26,8 @@ COMMANDS = [
     for command in commands(text)
 ]
 PROGRAMS = {"os-data": data.app, "os-sft": sft.app, "os-grpo": grpo.app, "os-train": train.app, "os-eval": eval.app}
-PREPARED, PROMPTS, RUN = "data/rows", "data/prompts", "outputs/mine"
+PREPARED, PROMPTS, RUN, OWN = "data/rows", "data/prompts", "outputs/mine", "outputs/own"
+SHORT = ("--max-steps", "1", "--prompts-per-step", "2", "--group-size", "4", "--max-new", "8", "--beta", "0.1")
 ROWS = 40
 
 
@@ -46,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("OMP_NUM_THREADS", "1")
         for name in re.findall(r"\S*rows\.jsonl", "\n".join(commands(PAGES["README.md"]))):
             Path(name).write_text(text)
+        Path("my_rewards.py").write_text(block(PAGES["docs/training.md"], "def brevity"))
         made = (f"os-data rows.jsonl .*--output {PREPARED}", f"os-data .*--output {PROMPTS}")
         for first in (*made, f"os-sft {PREPARED} --output {RUN}"):
             command = next(line for line in commands(PAGES["README.md"]) if re.match(first, line))
@@ -53,6 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in set(re.findall(r"data/sft_\w+", "\n".join(commands(PAGES["docs/data.md"])))):
             shutil.copytree(PREPARED, name)
         yield folder
+
+
+def block(text: str, part: str) -> str:
+    """The one Python program of a page that holds `part`."""
+    (found,) = [source for source in blocks(text, "python") if part in source]
+    return found
 
 
 def typed(command: str) -> list[str]:
@@ -104,6 +112,35 @@ def test_the_readmes_program_loads_the_adapter(folder: Path) -> None:
     names: dict[str, Any] = {}
     exec(source, names)
     assert names["model"].peft_config["default"].base_model_name_or_path == str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def logged(folder: Path) -> dict[str, float]:
+    """The metrics of one step of GRPO on the rewards that docs/training.md shows, with a KL divergence."""
+    (command,) = [line for line in commands(PAGES["docs/training.md"]) if OWN in line]
+    assert run([*typed(command), *SHORT]) == 0
+    metrics: dict[str, float] = json.loads(Path(OWN, "metrics.jsonl").read_text().splitlines()[0])
+    return metrics
+
+
+def test_the_documented_rewards_score(logged: dict[str, float]) -> None:
+    assert 0 < logged["rewards/brevity/mean"] <= 1
+    assert 0 <= logged["rewards/shows_numbers/mean"] <= 1
+
+
+def test_the_documented_program_reads_rollouts(logged: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block(PAGES["docs/training.md"], "rollouts/step_1"), {})
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^[+-]\d\.\d\d (?:right|wrong) \d+ \| ", shown, flags=re.M)) == 8
+
+
+def test_the_documented_metrics_are_logged(logged: dict[str, float]) -> None:
+    table = PAGES["docs/training.md"].split("### Metrics of GRPO")[1].split("\n\n")[1]
+    rows = [row.split("|")[1].replace("NAME", "brevity") for row in table.splitlines()[2:]]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    families = [name.removesuffix("...") for name in names if name.endswith("...")]
+    assert set(names) - {"min_", "max_"} - {f"{family}..." for family in families} <= logged.keys()
+    assert all(any(name.startswith(family) for name in logged) for family in families)
 
 
 def test_tensorboard_finds_curves_where_the_readme_looks(folder: Path) -> None:
