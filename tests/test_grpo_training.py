@@ -28,11 +28,11 @@ from grpo_fixtures import (
     train,
     train_in_two_processes,
 )
-from opensloth import rewards
 from opensloth.config.jobs import GrpoJob
 from opensloth.config.run import LOSSES
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
+from opensloth.rewards import choose
 from opensloth.rollout.generate import generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.advice import PATIENCE, Advice
@@ -213,9 +213,9 @@ def test_losses_and_adapter_are_those_of_trls_own_trainer(place, loss, beta, upd
 @pytest.mark.parametrize(
     ("ways", "asked", "stopped", "steps"),
     [
-        (("--model", "adapter", "--beta", 0.1, "--lora-dropout", 0.0), 2, 2, 4),
-        (("--model", "adapter", "--updates-per-batch", 2, "--save-steps", 2, "--beta", 0.1), 3, 4, 6),
-        (("--lora-dropout", 0.2, "--full-finetuning", "--beta", 0.1), 1, 1, 3),
+        (("--model", "adapter", "--beta", 0.1), 1, 2, 4),
+        (("--model", "adapter", "--updates-per-batch", 2, "--save-steps", 2, "--beta", 0.1), 2, 4, 6),
+        (("--full-finetuning", "--beta", 0.1), 1, 2, 3),
     ],
     ids=["reference", "updates", "full"],
 )
@@ -238,8 +238,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(here, stop_after, 
     for step in range(1, steps + 1, updates):
         assert rollouts(here / "cut", step) == rollouts(here / "whole", step)
     for key in ("loss", "kl", "reward"):
-        logged = [[entry[key] for entry in metrics(here / name)] for name in ("cut", "whole")]
-        assert logged[0] == logged[1], key
+        logged = [[entry[key] for entry in metrics(here / name, key)] for name in ("cut", "whole")]
+        assert logged[0] == logged[1] != [], key
 
 
 # --- where a run begins ------------------------------------------------------------------------------------------
@@ -280,6 +280,9 @@ def test_a_new_adapter_begins_as_the_base_model(run):
 def test_where_all_weights_train_the_reference_is_the_model_as_it_was(here, arch):
     """Also for one that caps its attention logits, which the reference must do as well."""
     model = "model" if arch == "llama" else save_tiny_model(here / arch, arch)
+    if arch == "gemma2":  # a cap that matters for weights as small as these
+        config = record(model, "config.json") | {"attn_logit_softcapping": 0.01}
+        (model / "config.json").write_text(json.dumps(config))
     ways = ("--full-finetuning", "--beta", 0.1, "--max-steps", 2, "--output", f"full-{arch}")
     train(*OWN, "--model", model, *ways)
     kl = [entry["kl"] for entry in metrics(here / f"full-{arch}")]
@@ -311,7 +314,7 @@ def test_every_completion_is_written_with_its_scores(run, here):
                 table["in_format"][at] and table["completion"][at].endswith(f">{row['answer']}</SOLUTION>")
             )
             assert table["cut"][at] <= (table["tokens"][at] == MAX_NEW)
-            assert table["right"][at] <= (table["reward_math_answer"][at] == 5)
+            assert table["right"][at] <= (table["reward_math_answer"][at] == 5), table["completion"][at]
         for at in range(0, 24, 4):
             assert sum(table["advantage"][at : at + 4]) == pytest.approx(0, abs=1e-5)
     assert len(list((run / "rollouts").iterdir())) == 3
@@ -430,7 +433,7 @@ def test_rows_may_have_different_columns(here):
     ],
 )
 def test_a_reward_that_gives_no_scores_ends_the_run_with_its_place(here, monkeypatch, tmp_path, body, says):
-    monkeypatch.setattr(rewards, "load", functools.partial(rewards.load, limit=0.3))
+    monkeypatch.setattr(choose, "load", functools.partial(choose.load, limit=0.3))
     (tmp_path / "bad.py").write_text(f"\n\ndef bad(completions, **_):\n    {body}\n")
     job = ("data", *TINY, "--max-steps", 2, "--rewards", f"{tmp_path / 'bad.py'}:bad")
     said = train(*job, "--output", tmp_path / "run", expect=3)
@@ -473,9 +476,9 @@ def test_a_run_that_learns_nothing_says_what_to_change_and_says_it_once(here, tm
     assert record(tmp_path / "warned", "result.json")["steps"] == steps
 
     ways = ("--zero-signal", "stop", "--updates-per-batch", 2, "--save-steps", 100)
-    said = train(*job, *ways, "--max-steps", 10, "--output", tmp_path / "stopped", expect=2)
+    last = 2 * PATIENCE  # two steps on each batch, and a run ends between batches
+    said = train(*job, *ways, "--max-steps", last + 2, "--output", tmp_path / "stopped", expect=2)
     assert "no group had a spread of rewards" in said[said.index("error:") :]
-    last = PATIENCE + PATIENCE % 2  # between two batches
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"checkpoint-{last}"]
     assert not (tmp_path / "stopped" / "result.json").exists()
 

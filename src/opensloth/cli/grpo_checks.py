@@ -102,8 +102,7 @@ def check_data(job: GrpoJob, prepared: "Prepared", processes: int) -> list[Weigh
     rewards = chosen(job, prepared.contract.tags)
     check_batch(job, processes)
     batches_of(job, prepared, processes)
-    row = prepared.rows.prompt(0)
-    columns = {*OF_THE_TRAINER, "answer", "row_id", *row.columns}
+    columns = {*OF_THE_TRAINER, "answer", "row_id", *prepared.rows.prompt_columns()}
     for reward in rewards:
         if reward.name not in TOP:
             check_columns(reward.function, columns)

@@ -27,12 +27,10 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     model = load_base(job, ref, weights_dtype(job, dtype), device)
     refusal = attention.why_not(model.config)
     packs = packing and not refusal
-    if refusal:  # sdpa would leave a cap out, without a word
+    if refusal:
         padded = "rows are padded, not packed, with" if packing else "this model needs"
         notes.append(f"{padded} eager attention: {refusal}")
-        model.set_attn_implementation("eager")
-    elif packs:
-        model.set_attn_implementation(attention.NAME)
+    set_attention(model, packs)
     if job.load_in_4bit or job.load_in_8bit:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
@@ -51,6 +49,14 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         autocast=job.full_finetuning and dtype != torch.float32,
         notes=notes,
     )
+
+
+def set_attention(model: PreTrainedModel, packs: bool) -> None:
+    """Attention over packed or over padded rows."""
+    if attention.why_not(model.config):  # sdpa would leave a cap out, without a word
+        model.set_attn_implementation("eager")
+    elif packs:
+        model.set_attn_implementation(attention.NAME)
 
 
 def with_adapter(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.evaluation.generate import Completion
 from opensloth.rewards.grade import Grade, grade
+from opensloth.rewards.reading import read
 
 RIGHT = (Grade.EXACT, Grade.EQUAL)
 Z = 1.959964  # the normal quantile of a 95 % interval
@@ -42,9 +43,9 @@ def judge(contract: PromptContract, completion: Completion, answer: str) -> Judg
     """
     if contract.tags is None:
         raise ValueError(f"the contract {contract.name} has no tags")
-    match = contract.tags.pattern.fullmatch(contract.tags.working_start + completion.text)
-    right = match is not None and grade(match[2], answer) in RIGHT
-    return Judged(completion.text, completion.tokens, match is not None, right)
+    found = read(completion.text, contract.tags)
+    right = found.exact and grade(found.solution or "", answer) in RIGHT
+    return Judged(completion.text, completion.tokens, found.exact, right)
 
 
 def share(flags: Sequence[bool]) -> Interval:

@@ -24,14 +24,22 @@ class Advice(TrainerCallback):
         self.every = every
         self.flat = 0
         self.told: set[str] = set()
+        self.no_signal: str | None = None  # said while there is none
         self.stopped: str | None = None
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         logs = logs or {}
-        if "frac_reward_zero_std" not in logs:
-            return
+        if "frac_reward_zero_std" in logs:  # no log of a step that trains on completions again
+            self.look(args, state, logs)
+        between = state.global_step % self.every == 0
+        if self.stop and self.no_signal and between and state.global_step < state.max_steps:
+            self.stopped = self.no_signal
+            control.should_save = control.should_training_stop = True
+
+    def look(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Say what the figures of new completions call for."""
         self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
         rate = logs.get("pass_rate")
         if "start" not in self.told and state.global_step <= args.logging_steps:
@@ -50,20 +58,15 @@ class Advice(TrainerCallback):
                 f"{logs['completions/clipped_ratio']:.0%} of the completions reach --max-new {self.max_new} and are "
                 "cut before an answer: raise it, or train the model to end its answers by SFT first.",
             )
+        self.no_signal = None
         if self.flat >= PATIENCE:
-            self.on_no_signal(state, control, rate)
-
-    def on_no_signal(self, state: TrainerState, control: TrainerControl, rate: float | None) -> None:
-        level = "" if rate is None else f" ({rate:.0%} of the completions are right)"
-        way = "easier" if rate is not None and rate < 0.5 else "harder"
-        text = (
-            f"In the last {self.flat} logs no group had a spread of rewards{level}, so nothing was learned: take {way} "
-            "problems, raise --group-size or --temperature, or add a reward that tells completions apart."
-        )
-        self.say("flat", text)
-        if self.stop and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.stopped = text
-            control.should_save = control.should_training_stop = True
+            level = "" if rate is None else f" ({rate:.0%} of the completions are right)"
+            way = "easier" if rate is not None and rate < 0.5 else "harder"
+            self.no_signal = (
+                f"In the last {self.flat} logs no group had a spread of rewards{level}, so nothing was learned: take "
+                f"{way} problems, raise --group-size or --temperature, or add a reward that tells completions apart."
+            )
+            self.say("flat", self.no_signal)
 
     def say(self, kind: str, text: str) -> None:
         if self.speaks and kind not in self.told:

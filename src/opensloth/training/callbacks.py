@@ -131,13 +131,16 @@ class BatchesMetrics(Metrics):
         batches = {self.plan.at(step) for step in steps}
         completions = sum(len(self.plan.batches[batch]) for batch in batches) * self.group_size
         logs["seconds/step"] = round(seconds / max(1, len(steps)), 3)
-        logs["tokens_per_second"] = round(logs.get("completions/mean_length", 0.0) * completions / seconds, 1)
+        if "completions/mean_length" in logs:
+            logs["tokens_per_second"] = round(logs["completions/mean_length"] * completions / seconds, 1)
 
     def line(self, logs: dict[str, Any]) -> str:
-        parts = [f"reward {logs.get('reward', float('nan')):.3f}"]
+        if "reward" not in logs:  # one more step on completions that were logged before
+            return f"loss {logs['loss']:.4f}  {logs['seconds/step']:.1f} s"
+        parts = [f"reward {logs['reward']:.3f}"]
         if "pass_rate" in logs:
             parts.append(f"right {logs['pass_rate']:.1%}")
-        parts.append(f"length {logs.get('completions/mean_length', 0):.0f}")
+        parts.append(f"length {logs['completions/mean_length']:.0f}")
         return "  ".join([*parts, f"{logs['seconds/step']:.1f} s"])
 
     def eval_line(self, logs: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Run:
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         stops: ids that end a completion.
         held_out: this process's share of the held-out prompts.
+        columns: the names of the data's other columns, which the rewards are given.
     """
 
     files: RunFiles
@@ -57,6 +58,7 @@ class Run:
     pad: int
     seed: int
     held_out: list[PromptRow]
+    columns: set[str]
 
 
 def trainer_class() -> type[Any]:
@@ -124,11 +126,21 @@ def trainer_class() -> type[Any]:
             """Have the prompts completed, scored and compared within their groups; cut the result for training."""
             self.asked = asked
             begin = time.monotonic()
-            self.batch = self._generate_and_score_completions([columns(prompt) for prompt in asked["prompts"]])
+            self.batch = self._generate_and_score_completions(self.as_rows(asked["prompts"]))
             self.batch = {name: value for name, value in self.batch.items() if isinstance(value, torch.Tensor)}
             self.micro_batches = self.cut()
             self.keep_rollouts()
             self.seconds["batch"] = time.monotonic() - begin
+
+        def as_rows(self, prompts: Sequence[PromptRow]) -> list[dict[str, Any]]:
+            """The prompts as TRL and the rewards see them; a column that a row lacks is None there."""
+            return [
+                {
+                    **{name: prompt.columns.get(name) for name in self.run.columns},
+                    **{"prompt": prompt.messages, "answer": prompt.answer, "row_id": prompt.row_id},
+                }
+                for prompt in prompts
+            ]
 
         def roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
             """TRL's `rollout_func`: the completions of this process."""
@@ -257,7 +269,7 @@ def trainer_class() -> type[Any]:
             prompts = self.run.held_out
             rollouts = self.complete([prompt.input_ids for prompt in prompts], Sampling(temperature=0), None)
             judged = [self.judged(one, prompt.answer) for one, prompt in zip(rollouts, prompts, strict=True)]
-            found = gathered(list(zip(judged, self.rewards_of(prompts, judged), strict=True)))
+            found = gathered(list(zip(judged, self.rewards_of(prompts, rollouts, judged), strict=True)))
             answers = [one for one, _ in found]
             metrics = {"eval_reward": mean([reward for _, reward in found])}
             if self.run.contract.tags:
@@ -274,17 +286,24 @@ def trainer_class() -> type[Any]:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-        def rewards_of(self, prompts: Sequence[PromptRow], answers: Sequence[Judged]) -> list[float]:
+        def rewards_of(
+            self, prompts: Sequence[PromptRow], rollouts: Sequence[Rollout], answers: Sequence[Judged]
+        ) -> list[float]:
             """The weighted sum of each answer's rewards; a reward that cannot judge adds nothing."""
-            rows = [columns(prompt) for prompt in prompts]
-            names = rows[0].keys() - {"prompt"} if rows else set()
-            completions = [[{"role": "assistant", "content": answer.text}] for answer in answers]
-            totals = [0.0] * len(rows)
-            given = {name: [row.get(name) for row in rows] for name in names}
+            totals = [0.0] * len(prompts)
+            if not prompts:
+                return totals
+            rows = self.as_rows(prompts)
+            given: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+            given["prompts"] = given.pop("prompt")
+            given["completions"] = [[{"role": "assistant", "content": answer.text}] for answer in answers]
+            given["completion_ids"] = [rollout.ids for rollout in rollouts]
+            # what a reward logs of held-out problems would be mixed with the figures of training
+            given |= {"trainer_state": self.state, "log_extra": ignore, "log_metric": ignore}
             for reward, weight in zip(self.reward_funcs, self.reward_weights.tolist(), strict=True):
-                if not rows or getattr(reward, "__name__", "") == "demo_reward":  # which counts its calls
+                if getattr(reward, "__name__", "") == "demo_reward":  # which counts its calls
                     continue
-                scores = reward(prompts=[row["prompt"] for row in rows], completions=completions, **given)
+                scores = reward(**given)
                 totals = [total + weight * (score or 0.0) for total, score in zip(totals, scores, strict=True)]
             return totals
 
@@ -320,12 +339,6 @@ class Gaps:
         return {"logp_gap/mean": float(self.sums[0] / self.sums[1].clamp(min=1)), "logp_gap/max": float(self.most)}
 
 
-def columns(prompt: PromptRow) -> dict[str, Any]:
-    """A prompt as TRL and the rewards see it."""
-    others = {name: value for name, value in prompt.columns.items() if name not in NOT_FOR_REWARDS}
-    return {**others, "prompt": prompt.messages, "answer": prompt.answer, "row_id": prompt.row_id}
-
-
 def gathered(mine: list[Any]) -> list[Any]:
     """The lists of all processes as one, in the order of ranks."""
     if not dist.is_initialized():
@@ -333,6 +346,10 @@ def gathered(mine: list[Any]) -> list[Any]:
     found: list[list[Any]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return [one for part in found for one in part]
+
+
+def ignore(*_: Any) -> None:
+    """In place of TRL's functions by which a reward logs."""
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.stop import stop_ids
-from opensloth.engine import Engine, attention, load, native, policy
+from opensloth.engine import Engine, load, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards.choose import chosen
 from opensloth.rollout.sampling import Sampling
@@ -97,6 +97,7 @@ def describe_run(
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
         held_out=[prepared.rows.prompt(int(row)) for row in rows],
+        columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
 
 
@@ -156,7 +157,6 @@ def add_reference(trainer: Any, job: GrpoJob, ref: ModelRef, engine: Engine) -> 
     TRL would load it by the name in the config: another revision, perhaps, and with another attention.
     """
     reference = native.load_base(job, ref, engine.dtype, trainer.args.device)
-    if engine.packs:
-        reference.set_attn_implementation(attention.NAME)
+    native.set_attention(reference, engine.packs)
     trainer.ref_model = reference.requires_grad_(False).eval()
     trainer.beta = job.beta

@@ -229,6 +229,12 @@ class Rows:
             columns=json.loads(stored["columns"]),
         )
 
+    def prompt_columns(self) -> set[str]:
+        """The names of the source's other columns: of all rows, for a row of JSON may lack some."""
+        return {
+            name for batch in self._batches for text in batch.column("columns") for name in json.loads(text.as_py())
+        }
+
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
