@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
@@ -280,9 +280,12 @@ def test_a_new_adapter_begins_as_the_base_model(run):
 def test_where_all_weights_train_the_reference_is_the_model_as_it_was(here, arch):
     """Also for one that caps its attention logits, which the reference must do as well."""
     model = "model" if arch == "llama" else save_tiny_model(here / arch, arch)
-    if arch == "gemma2":  # a cap that matters for weights as small as these
+    if arch == "gemma2":  # a cap that matters for a model as small as this
         config = record(model, "config.json") | {"attn_logit_softcapping": 0.01}
         (model / "config.json").write_text(json.dumps(config))
+        weights = load_file(model / "model.safetensors")
+        weights = {name: tensor * (300 if "q_proj" in name else 1) for name, tensor in weights.items()}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     ways = ("--full-finetuning", "--beta", 0.1, "--max-steps", 2, "--output", f"full-{arch}")
     train(*OWN, "--model", model, *ways)
     kl = [entry["kl"] for entry in metrics(here / f"full-{arch}")]
