@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from opensloth.training import worker
 from tiny import save_tiny_model, tiny_tokenizer
 from training_fixtures import as_a_worker, environment, in_this_process
 
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 PROBLEMS = 24
 MAX_NEW = 18
 # one batch of 6 prompts x 4 completions
@@ -122,6 +122,8 @@ def train(*arguments, expect=0):
 
 def train_in_two_processes(*jobs):
     """Each of the jobs (arguments of `os-grpo`) by the same two processes, for starting them takes long."""
+    from torch.distributed import TCPStore
+
     runs = []
 
     def note(world, run_dir, **_):
@@ -137,10 +139,9 @@ def train_in_two_processes(*jobs):
             assert program.run(grpo.app, [str(word) for word in with_two]) == 0
     for run in runs:
         (run / "result.json").unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OPENSLOTH_TIMEOUT": "60"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # no port is free until it is taken
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OPENSLOTH_TIMEOUT": "60"}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", ATTEMPT: "0"}
     command = [sys.executable, __file__, *map(str, runs)]
     processes = [
         subprocess.Popen(
@@ -197,4 +198,4 @@ if __name__ == "__main__":  # one of the processes of `train_in_two_processes`
     for run in map(Path, sys.argv[1:]):
         with as_a_worker():
             worker.run(run)
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        os.environ[ATTEMPT] = str(int(os.environ[ATTEMPT]) + 1)  # the next run meets under names of its own
