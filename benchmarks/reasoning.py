@@ -21,11 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import machine
 from opensloth.cli.demo import SFT
+from opensloth.evaluation.score import paired_difference
 
 ARITHMETIC = "sample:arithmetic"
 HELD_OUT = 500
@@ -35,8 +38,8 @@ GRPO = {
     "group-size": 16,
     "max-new": 64,
     "samples": 20000,
-    "max-steps": 40,
-    "lr": 2e-4,
+    "max-steps": 32,
+    "lr": 3e-4,
     "pack-tokens": 8192,
 }
 GRPO_DATA = {"prompts-per-step": 16, "group-size": 16, "max-new": 256, "max-steps": 12, "lr": 1e-4, "pack-tokens": 8192}
@@ -47,7 +50,7 @@ SFT_DATA = {
     "lr": 1e-3,
     "lr-scheduler": "cosine",
 }
-ENDED = 75  # stopped by a signal, can go on
+AT_ONCE = 6  # models that are evaluated beside each other
 
 
 def main() -> None:
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--lr", type=float, default=GRPO["lr"])
     parser.add_argument("--max-steps", type=int, default=GRPO["max-steps"])
+    parser.add_argument("--rollout", default="auto")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -82,7 +86,7 @@ def sft(arguments: argparse.Namespace) -> None:
 
 def grpo(arguments: argparse.Namespace) -> None:
     """The seeds side by side, and the control beside them: it is stopped when the last of them is done."""
-    recipe = GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}
+    recipe = GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps, "rollout": arguments.rollout}
     start = str(arguments.work / "sft")
     runs = [
         train("grpo", ARITHMETIC, start, arguments.work / f"grpo-{seed}", recipe | {"seed": seed})
@@ -176,34 +180,38 @@ def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Seq
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Every model answers every problem, several models at a time; differences are over the same problems."""
     work: Path = arguments.work
     mine = [f"grpo-{seed}" for seed in seeds(arguments)]
     peers = [f"trl-{seed}" for seed in seeds(arguments)]
-    adapters = [finished(work / name) for name in ("sft", *mine, "control", *peers)]
+    asked = {"base": (ARITHMETIC, Path(arguments.model))}
+    asked |= {name: (ARITHMETIC, path) for name in ("sft", *mine, "control", *peers) if (path := finished(work / name))}
+    if arguments.data:
+        _, held_out = divided(arguments)
+        asked["gsm base"] = (str(held_out), Path(arguments.model))
+        for name in ("data-sft", f"data-grpo-{seeds(arguments)[0]}"):
+            if path := finished(work / name):
+                asked[f"gsm {name}"] = (str(held_out), path)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = dict(zip(asked, pool.map(lambda one: scores(*one, arguments.held_out), asked.values()), strict=True))
+    right = {name: row.pop("right") for name, row in found.items()}
+    pairs = [(name, "sft") for name in (*mine, "control", *peers)] + list(zip(mine, peers, strict=True))
+    pairs.append((f"gsm data-grpo-{seeds(arguments)[0]}", "gsm data-sft"))
     report: dict[str, Any] = machine.describe()
     report["recipe"] = {"sft": SFT, "grpo": GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}}
     report["seconds"] = json.loads((work / "times.json").read_text())
-    report["side_by_side"] = "runs of a stage trained beside each other on one device"
-    found = [path for path in adapters if path is not None]
-    report["arithmetic"] = scores(ARITHMETIC, [arguments.model, *found], arguments.held_out, MAX_NEW[ARITHMETIC])
-    report["paired"] = {}
-    for ours, theirs in zip(mine, peers, strict=True):
-        pair = [finished(work / theirs), finished(work / ours)]
-        if all(pair):
-            rows = scores(ARITHMETIC, [path for path in pair if path], arguments.held_out, MAX_NEW[ARITHMETIC])
-            report["paired"][f"{ours} against {theirs}"] = rows[1]["difference"]
-    if arguments.data:
-        _, held_out = divided(arguments)
-        stages = [finished(work / name) for name in ("data-sft", f"data-grpo-{seeds(arguments)[0]}")]
-        report["gsm_symbolic"] = scores(
-            str(held_out), [arguments.model, *(path for path in stages if path)], arguments.held_out, MAX_NEW["data"]
-        )
+    report["side_by_side"] = "the runs of a stage trained beside each other on one device"
+    report["scores"] = found
+    report["differences"] = {
+        f"{one} - {other}": asdict(paired_difference(right[other], right[one]))
+        for one, other in pairs
+        if one in right and other in right
+    }
     report["curves"] = {name: curve(work / name) for name in mine}
     kind = "h100" if "H100" in machine.card() else "h200" if "H200" in machine.card() else "cpu"
     output = arguments.output or Path(f"benchmarks/results/reasoning-{kind}.json")
     output.write_text(json.dumps(report, indent=1) + "\n")
-    for row in report["arithmetic"]:
-        print(row)
+    print(json.dumps(report["differences"], indent=1))
 
 
 def finished(run: Path) -> Path | None:
@@ -214,13 +222,19 @@ def finished(run: Path) -> Path | None:
     return points[-1] if points else None
 
 
-def scores(data: str, models: Sequence[Path | str], problems: int, max_new: int) -> list[dict[str, Any]]:
-    """What os-eval says of the models, the first being what the others are held to."""
-    words = [word for model in models for word in ("--model", str(model))]
-    command = [sys.executable, "-m", "opensloth.cli.eval", data, *words, "-n", str(problems), "--max-new", str(max_new)]
-    done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["models"]
-    return [row | {"model": Path(row["model"]).name} for row in rows]
+def scores(data: str, model: Path, problems: int) -> dict[str, Any]:
+    """What os-eval says of a model, with its verdict on every problem."""
+    max_new = MAX_NEW[ARITHMETIC if data == ARITHMETIC else "data"]
+    command = [sys.executable, "-m", "opensloth.cli.eval", data, "--model", str(model), "--chat-template", "reasoning"]
+    done = subprocess.run(
+        [*command, "-n", str(problems), "--max-new", str(max_new), "--json"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    row: dict[str, Any] = json.loads(done.stdout)["models"][0]
+    return {name: row[name] for name in ("pass_at_1", "format_rate", "mean_tokens", "right")}
 
 
 def curve(run: Path) -> list[dict[str, float]]:

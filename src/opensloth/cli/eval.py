@@ -40,7 +40,7 @@ def evaluate(request: Request[EvalJob]) -> None:
 
 
 def record(found: "Comparison", job: EvalJob) -> dict[str, Any]:
-    """The comparison as plain values: shares from 0 to 1, intervals as value, low, high."""
+    """The comparison as plain values: shares from 0 to 1, intervals as value, low, high, problem by problem in order."""
     first = found.reports[0]
     rows = [
         {
@@ -49,6 +49,7 @@ def record(found: "Comparison", job: EvalJob) -> dict[str, Any]:
             "pass_at_k": report.pass_at_k,
             "format_rate": report.format_rate,
             "mean_tokens": report.mean_tokens,
+            "right": [one.right for one in report.greedy],
             "difference": None if report is first else asdict(report.against(first)),
         }
         for report in found.reports

@@ -11,7 +11,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit")
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
-ROLLOUTS = ("auto", "generate")
+ROLLOUTS = ("auto", "graph", "generate")
 ZERO_SIGNAL = ("warn", "stop")
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -166,7 +166,9 @@ class GrpoOptions(TrainOptions):
         0.2, "How far a token's probability may move from that of the sampler: 1 - clip to 1 + clip.", gt=0
     )
 
-    rollout: str = option("auto", "How completions are made; auto is the fastest that is there.", choices=ROLLOUTS)
+    rollout: str = option(
+        "auto", "How completions are made; auto is graph on a card with engine native, else generate.", choices=ROLLOUTS
+    )
     print_samples_every: int = option(10, "Show a completion every N batches of them (0: never).", ge=0)
     zero_signal: str = option(
         "warn", "What to do where no group has a spread of rewards, so that nothing is learned.", choices=ZERO_SIGNAL

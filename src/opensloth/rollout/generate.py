@@ -22,6 +22,10 @@ ON_CPU = 64  # completions at once
 MOST = 1024  # beyond this a card is busy
 
 
+Write = Callable[..., tuple[list[list[int]], list[list[float]]]]
+"""`write(policy, prompts, stops, pad, max_new, sampling, uniforms)`: tokens and log-probabilities, as decode.decode."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A completion: its ids with the stop token (unless it was cut), and the log-probability of each."""
@@ -40,6 +44,7 @@ def generate(
     sampling: Sampling,
     noise: Noise | None = None,
     batch: int | None = None,
+    write: Write | None = None,
     done: Callable[[int], None] | None = None,
 ) -> list[Rollout]:
     """Completions, in the order of the prompts.
@@ -52,6 +57,7 @@ def generate(
         max_new: tokens of a completion at most; a longer one is cut.
         noise: one slot for each prompt; None only for greedy.
         batch: completions made at once. What is written does not depend on it, but for rounding.
+        write: what completes a batch; else our own loop, or transformers' where that does not serve.
         done: called with the number of finished completions.
     Raises:
         ValueError: sampling without noise, or with another number of slots than prompts; an empty prompt.
@@ -69,11 +75,11 @@ def generate(
         device = next(policy.parameters()).device
         longest = max(map(len, prompts)) + max_new if prompts else 1
         size = batch or at_once(getattr(policy, "config", None), device, longest)
-        write = decode if serves(policy) else by_transformers
+        complete = write or (decode if serves(policy) else by_transformers)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = None if uniforms is None else uniforms[rows].to(device)
-            written = write(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
+            written = complete(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
             for row, tokens, logprobs in zip(rows, *written, strict=True):
                 found[row] = rollout(tokens, logprobs, stops)
             if done is not None:

@@ -22,7 +22,7 @@ from opensloth.data.tokens.prompts import PromptRow
 from opensloth.engine.policy import TokenScores
 from opensloth.evaluation.generate import Completion
 from opensloth.evaluation.score import Judged, judge
-from opensloth.rollout.generate import Rollout, generate
+from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
@@ -41,6 +41,7 @@ class Run:
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         stops: ids that end a completion.
         held_out: this process's share of the held-out prompts.
+        write: what completes a batch, where it is not `--rollout generate`.
         columns: the names of the data's other columns, which the rewards are given.
     """
 
@@ -58,6 +59,7 @@ class Run:
     pad: int
     seed: int
     held_out: list[PromptRow]
+    write: Write | None
     columns: set[str]
 
 
@@ -167,6 +169,7 @@ def trainer_class() -> type[Any]:
                     max_new=run.max_new,
                     sampling=sampling,
                     noise=noise,
+                    write=run.write,
                 )
 
         def _calculate_rewards(self, *arguments: Any) -> Any:

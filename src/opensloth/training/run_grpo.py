@@ -18,6 +18,8 @@ from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import Engine, load, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards.choose import chosen
+from opensloth.rollout.decode import serves
+from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.sampling import Sampling
 from opensloth.training import grpo, plan
 from opensloth.training.advice import Advice
@@ -96,9 +98,22 @@ def describe_run(
         stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
+        write=writer(job, engine, place),
         held_out=[prepared.rows.prompt(int(row)) for row in rows],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
+
+
+def writer(job: GrpoJob, engine: Engine, place: Place) -> GraphDecoder | None:
+    """What completes prompts. Raises UserError where `--rollout graph` was asked for and cannot serve the model."""
+    able = engine.name == "native" and serves(engine.model)
+    if job.rollout == "graph" and not able:
+        raise UserError(
+            "--rollout graph serves models of transformers with plain attention, on engine native.",
+            "Use --rollout generate (or auto) with this one.",
+        )
+    wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
+    return GraphDecoder() if able and wanted else None
 
 
 def build_trainer(

@@ -1,0 +1,84 @@
+"""The decoder with fixed buffers, as it runs without recordings; tests/gpu runs it with them."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny
+from opensloth.rollout.generate import generate
+from opensloth.rollout.graph import BUCKET, GraphDecoder
+from opensloth.rollout.merge import Merge, adapted
+from opensloth.rollout.sampling import Noise, Sampling
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 10, 11, 12, 13], [9, 10, 11, 12, 13], [4] * (BUCKET + 6)]
+STOPS = [3, *range(50, 69)]  # many, so that completions end at different lengths
+
+
+def policy(arch: str = "llama") -> Any:
+    model = tiny.tiny_model(tiny.tiny_tokenizer(), arch)
+    model.set_attn_implementation("sdpa")
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+
+
+def settings(slots: int, **changed: Any) -> dict[str, Any]:
+    sampling, noise = Sampling(temperature=0.9, top_k=100), Noise(1, 2, tuple(range(slots)))
+    return {"stops": STOPS, "pad": 0, "max_new": 40, "sampling": sampling, "noise": noise, **changed}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_it_writes_what_the_plain_loop_writes(arch: str) -> None:
+    model = policy(arch)
+    plain = generate(model, PROMPTS, **settings(5))
+    fixed = generate(model, PROMPTS, write=GraphDecoder(), **settings(5))
+    assert len({len(one.ids) for one in plain}) > 1
+    for one, other in zip(plain, fixed, strict=True):
+        assert one.ids == other.ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_smaller_and_larger_batches_follow_in_the_same_buffers() -> None:
+    model, decoder = policy(), GraphDecoder()
+    for count in (3, 2, 5, 4):
+        plain = generate(model, PROMPTS[:count], **settings(count))
+        fixed = generate(model, PROMPTS[:count], write=decoder, **settings(count))
+        assert [one.ids for one in plain] == [one.ids for one in fixed]
+
+
+def test_greedy_and_cut_completions_are_the_same_too() -> None:
+    model = policy()
+    asked = settings(5, sampling=Sampling(temperature=0), noise=None, stops=[3], max_new=7)
+    plain, fixed = generate(model, PROMPTS, **asked), generate(model, PROMPTS, write=GraphDecoder(), **asked)
+    assert [one.ids for one in plain] == [one.ids for one in fixed]
+
+
+def test_the_weights_come_back_bit_for_bit_and_where_they_lay() -> None:
+    model = policy().to(torch.bfloat16)
+    before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict().items()}
+    merge = Merge()
+    for _ in range(2):
+        with merge(model):
+            changed = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n][0])]
+            assert changed
+            assert all("base_layer" in name for name in changed)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name][0])
+            assert value.data_ptr() == before[name][1]
+
+
+def test_the_weights_come_back_after_an_error() -> None:
+    model = policy()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError), Merge()(model):
+        raise RuntimeError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(layer.merged for layer in adapted(model).values())
+
+
+def test_a_model_without_an_adapter_is_left_alone() -> None:
+    model = tiny.tiny_model(tiny.tiny_tokenizer())
+    assert adapted(model) == {}
+    with Merge()(model):
+        pass
