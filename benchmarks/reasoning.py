@@ -193,7 +193,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             if path := finished(work / name):
                 asked[f"gsm {name}"] = (str(held_out), path)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = dict(zip(asked, pool.map(lambda one: scores(*one, arguments.held_out), asked.values()), strict=True))
+        found = dict(
+            zip(asked, pool.map(lambda one: scores(one[0], one[1], arguments.held_out), asked.values()), strict=True)
+        )
     right = {name: row.pop("right") for name, row in found.items()}
     pairs = [(name, "sft") for name in (*mine, "control", *peers)] + list(zip(mine, peers, strict=True))
     pairs.append((f"gsm data-grpo-{seeds(arguments)[0]}", "gsm data-sft"))

@@ -40,7 +40,7 @@ def evaluate(request: Request[EvalJob]) -> None:
 
 
 def record(found: "Comparison", job: EvalJob) -> dict[str, Any]:
-    """The comparison as plain values: shares from 0 to 1, intervals as value, low, high, problem by problem in order."""
+    """The comparison as plain values: shares from 0 to 1, intervals as value, low, high."""
     first = found.reports[0]
     rows = [
         {
