@@ -20,7 +20,6 @@ from opensloth.training import worker
 from tiny import save_tiny_model, tiny_tokenizer
 from training_fixtures import as_a_worker, environment, in_this_process
 
-ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 PROBLEMS = 24
 MAX_NEW = 18
 # one batch of 6 prompts x 4 completions
@@ -139,10 +138,11 @@ def train_in_two_processes(*jobs):
             assert program.run(grpo.app, [str(word) for word in with_two]) == 0
     for run in runs:
         (run / "result.json").unlink()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # no port is free until it is taken
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OPENSLOTH_TIMEOUT": "60"}
-    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", ATTEMPT: "0"}
-    command = [sys.executable, __file__, *map(str, runs)]
+    # no port is free until it is taken: each run's processes meet at a store that is there already
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place["OPENSLOTH_TIMEOUT"] = "60"
+    command = [sys.executable, __file__, *(f"{store.port}:{run}" for store, run in zip(stores, runs, strict=True))]
     processes = [
         subprocess.Popen(
             command, env=environment(**place, RANK=rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -195,7 +195,7 @@ def relative_difference(one, other):
 
 
 if __name__ == "__main__":  # one of the processes of `train_in_two_processes`
-    for run in map(Path, sys.argv[1:]):
+    for port, run in (word.split(":", 1) for word in sys.argv[1:]):
+        os.environ["MASTER_PORT"] = port
         with as_a_worker():
-            worker.run(run)
-        os.environ[ATTEMPT] = str(int(os.environ[ATTEMPT]) + 1)  # the next run meets under names of its own
+            worker.run(Path(run))
