@@ -107,10 +107,10 @@ def test_a_part_of_an_epoch_has_at_least_one_step(epochs, steps):
 
 @pytest.mark.parametrize(
     ("prompts", "processes", "says"),
-    [(4, 3, "3 or 6"), (7, 2, "6 or 8"), (1, 2, "--prompts-per-step 2"), (2, 8, "--prompts-per-step 8")],
+    [(4, 3, "3 or 6"), (7, 2, "6 or 8"), (1, 2, "of 2: 2."), (2, 8, "of 8: 8.")],
 )
 def test_groups_that_do_not_divide_among_the_processes_are_refused(prompts, processes, says):
-    with pytest.raises(UserError, match=f"--prompts-per-step {prompts} does not divide") as error:
+    with pytest.raises(UserError, match=f"--prompts-per-step {prompts} over {processes} processes") as error:
         laid_out(prompts_per_step=prompts, processes=processes)
     assert says in (error.value.hint or "")
 

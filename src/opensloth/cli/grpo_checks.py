@@ -4,7 +4,6 @@ A mistake in any of them would show only after the model was loaded, or not at a
 """
 
 import json
-import math
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,10 @@ from opensloth.cli.model_facts import config_of, context_length, rank_and_alpha
 from opensloth.config.base import Resolved, declared
 from opensloth.config.jobs import GrpoJob
 from opensloth.config.run import GrpoOptions
-from opensloth.data.plan.batches import Batches, lay_out
+from opensloth.data.plan.batches import Batches, check_batch, lay_out
 from opensloth.errors import UserError
 from opensloth.rewards.choose import OF_THE_TRAINER, chosen, content, in_words
-from opensloth.rewards.gold import gold_check
+from opensloth.rewards.gold import FAILURES, gold_check
 from opensloth.rewards.registry import TOP, WeightedReward, default_tags
 from opensloth.rewards.watch import check_columns
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from opensloth.launch.run_directory import Result
     from opensloth.launch.world import World
 
-GOLD_FAILURES = "gold_failures.jsonl"
 NAMED = 5  # row ids in a line for people
 
 Figures = dict[str, str]
@@ -42,7 +40,7 @@ def start_grpo(resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World"
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
     notes = {"rewards": in_words(rewards)} | check_model(job, prepared, ref)
     contents = {"rewards": content(job, rewards)}
-    files = {GOLD_FAILURES: lambda: gold_failures(job, prepared, rewards)}
+    files = {FAILURES: lambda: gold_failures(job, prepared, rewards)}
     return start(job, resolved.origins, prepared, world, contents=contents, files=files, notes=notes)
 
 
@@ -50,26 +48,6 @@ def check_before_data(job: GrpoOptions, processes: int) -> None:
     """What can be known before the data is prepared, which may take hours: batch, rewards and their files."""
     check_batch(job, processes)
     chosen(job, default_tags())  # whether the data's prompts have tags shows when it is there
-
-
-def check_batch(job: GrpoOptions, processes: int) -> None:
-    """Raise UserError where a batch cannot be dealt out: whole groups lie on one process."""
-    prompts, completions = job.prompts_per_step, job.prompts_per_step * job.group_size
-    if prompts % processes:
-        below, above = prompts // processes * processes, math.ceil(prompts / processes) * processes
-        raise UserError(
-            f"--prompts-per-step {prompts} over {processes} processes is {prompts / processes:.4g} each, and the "
-            "completions of a prompt stay together on one process.",
-            f"Take a multiple of {processes}: " + " or ".join(str(count) for count in (below, above) if count) + ".",
-        )
-    if job.batch_size is not None and job.grad_accum is not None:
-        given = job.batch_size * job.grad_accum * processes
-        if given != completions:
-            raise UserError(
-                f"--batch-size {job.batch_size} x --grad-accum {job.grad_accum} x {processes} processes = {given:,} "
-                f"completions, but --prompts-per-step {prompts} x --group-size {job.group_size} = {completions:,}.",
-                "Leave --grad-accum out: it follows from the others.",
-            )
 
 
 def batch_figures(job: GrpoOptions, processes: int) -> Figures:
@@ -185,7 +163,7 @@ def gold_failures(job: GrpoJob, prepared: "Prepared", rewards: list[WeightedRewa
         ids = ", ".join(str(one.row) for one in failures[:NAMED]) + (", ..." if len(failures) > NAMED else "")
         log.warn(
             f"{len(failures):,} of {count:,} rows have a gold answer that the rewards misjudge and are left out "
-            f"(rows {ids}); {GOLD_FAILURES} in the run directory says why"
+            f"(rows {ids}); {FAILURES} in the run directory says why"
         )
         batches_of(job, prepared, 1, left_out=[one.row for one in failures])
     lines = [{"row_id": one.row, "answer": one.answer, "reason": one.reason} for one in failures]

@@ -67,7 +67,7 @@ class TrainOptions(Settings):
     logging_steps: int = option(1, "Log every N steps.", ge=1)
     save_steps: int = option(100, "Write a checkpoint every N steps.", ge=1)
     save_total_limit: int = option(2, "Keep the newest N checkpoints.", ge=1)
-    eval_steps: int = option(0, "Evaluate every N steps (0: at the end only), where data was held out.", ge=0)
+    eval_steps: int = option(0, "Evaluate every N steps (0: never) and at the end, where data was held out.", ge=0)
     resume: str = option("auto", "auto goes on from the newest complete checkpoint; never; or the PATH of one.")
     report_to: tuple[str, ...] = option(("tensorboard",), "Where metrics go: tensorboard, wandb, none.")
 

@@ -65,7 +65,8 @@ def describe(error: BaseException) -> Report:
     text = str(error).strip()
     first_line = text.splitlines()[0] if text else ""
     if name == "OutOfMemoryError":
-        hint = "Try a smaller --pack-tokens or --max-seq-length, --gradient-checkpointing full, or --load-in-4bit."
+        smaller = "a smaller --pack-tokens, --max-seq-length or --max-new"
+        hint = f"Try {smaller}, --gradient-checkpointing full, or --load-in-4bit."
         failed = WorkerFailed.__name__
         return Report(
             rank, failed, f"Out of GPU memory: {first_line}", hint, WorkerFailed.exit_code, trace, time.time()

@@ -13,6 +13,7 @@ from opensloth.rewards.registry import TOP, default_tags, get
 if TYPE_CHECKING:
     from opensloth.data.prompt.contract import Tags
 
+FAILURES = "gold_failures.jsonl"  # in the run directory: the rows that were found
 WORKING = "This is the working."
 OTHER = "987654321"
 

@@ -83,6 +83,8 @@ def train_to_the_end(
             f"Stopped by {stop.request.name or 'a signal'} after step {trainer.state.global_step}, which is saved.",
             "The same command goes on from there.",
         )
+    if trainer.eval_dataset is not None and not evaluated(trainer):
+        trainer.evaluate()
     figures = finish(time.monotonic() - begin)
     if place.leads:
         log.say(f"saving what was trained to {run_dir}")
@@ -91,6 +93,12 @@ def train_to_the_end(
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def evaluated(trainer: Any) -> bool:
+    """Whether the last step was evaluated: it is, if --eval-steps divides it."""
+    step = trainer.state.global_step
+    return any(e["step"] == step and any(name.startswith("eval_") for name in e) for e in trainer.state.log_history)
 
 
 def checkpoint_to_resume(job: RunJob, run_dir: Path) -> Path | None:

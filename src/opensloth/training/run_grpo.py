@@ -18,17 +18,16 @@ from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import Engine, load, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards.choose import chosen
+from opensloth.rewards.gold import FAILURES
 from opensloth.rollout.decode import serves
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.sampling import Sampling
-from opensloth.training import grpo, plan
+from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
 from opensloth.training.prompts import Prompts
 from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
-
-FAILURES = "gold_failures.jsonl"
 
 
 def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place: Place) -> None:
@@ -61,7 +60,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     def finish(seconds: float) -> dict[str, Any]:
         if advice.stopped:
             raise UserError(advice.stopped, "The last step is saved; --zero-signal warn goes on.")
-        return grpo.figures(trainer, seconds)
+        return held_out.figures(trainer, seconds)
 
     train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
 

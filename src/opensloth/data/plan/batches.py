@@ -50,16 +50,10 @@ def lay_out(
     Args:
         left_out: row ids that are not trained on.
     Raises:
-        UserError: fewer prompts than a batch needs, or groups that do not divide among the processes.
+        UserError: fewer prompts than a batch needs, or a batch that cannot be dealt out.
     """
     each = options.prompts_per_step
-    if each % processes:
-        fits = [n for n in range(max(1, each - processes), each + processes) if n % processes == 0]
-        raise UserError(
-            f"--prompts-per-step {each} does not divide among {processes} processes: {each} / {processes} = "
-            f"{each / processes:.4g} groups for each, and a group is not divided.",
-            f"Choose --prompts-per-step {' or '.join(map(str, fits))}.",
-        )
+    check_batch(options, processes)
     rows = np.flatnonzero(~prepared.is_eval)
     if left_out:
         out = set(left_out)
@@ -76,3 +70,23 @@ def lay_out(
     batches = [stream[number * each : (number + 1) * each] for number in range(count)]
     epoch = [(step // options.updates_per_batch + 1) * each / len(rows) for step in range(steps)]
     return Batches(batches, options.updates_per_batch, steps, epoch)
+
+
+def check_batch(job: GrpoOptions, processes: int) -> None:
+    """Raise UserError where a batch cannot be dealt out: whole groups lie on one process."""
+    prompts, completions = job.prompts_per_step, job.prompts_per_step * job.group_size
+    if prompts % processes:
+        below, above = prompts // processes * processes, math.ceil(prompts / processes) * processes
+        raise UserError(
+            f"--prompts-per-step {prompts} over {processes} processes is {prompts / processes:.4g} each, and the "
+            "completions of a prompt stay together on one process.",
+            f"Take a multiple of {processes}: " + " or ".join(str(count) for count in (below, above) if count) + ".",
+        )
+    if job.batch_size is not None and job.grad_accum is not None:
+        given = job.batch_size * job.grad_accum * processes
+        if given != completions:
+            raise UserError(
+                f"--batch-size {job.batch_size} x --grad-accum {job.grad_accum} x {processes} processes = {given:,} "
+                f"completions, but --prompts-per-step {prompts} x --group-size {job.group_size} = {completions:,}.",
+                "Leave --grad-accum out: it follows from the others.",
+            )
