@@ -78,6 +78,12 @@ def largest_difference(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def boundaries(*ends):
+    rows = torch.tensor(ends, dtype=torch.int32)
+    longest = int(rows.diff().max())
+    return attention.Boundaries(rows, rows, longest, longest)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_logits_and_adapter_gradients_equal_those_of_separate_rows(arch):
     alone, packed, made = build(arch), build(arch), rows()
@@ -142,14 +148,14 @@ def test_a_window_counts_the_token_itself():
         [0, 1, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
-    assert attention.band(5, 3, torch.device("cpu")).int().tolist() == expected
+    assert attention.band(5, 5, 3, torch.device("cpu")).int().tolist() == expected
 
 
 def test_padding_entries_at_the_end_of_the_boundaries_change_nothing():
     torch.manual_seed(0)
     q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
-    exact = attention.row_by_row(q, k, v, torch.tensor([0, 4, 10]), None, None)
-    padded = attention.row_by_row(q, k, v, torch.tensor([0, 4, 10, 10, 10]), None, None)
+    exact = attention.row_by_row(q, k, v, boundaries(0, 4, 10), None, None)
+    padded = attention.row_by_row(q, k, v, boundaries(0, 4, 10, 10, 10), None, None)
     assert torch.equal(exact, padded)
 
 
@@ -192,3 +198,12 @@ def test_padded_rows_with_eager_attention_and_capped_logits_equal_separate_rows(
         loss = float(padded_loss(model, together))
         assert loss == pytest.approx(sum(float(padded_loss(model, batch)) for batch in apart), rel=EXACT)
         assert loss != pytest.approx(float(padded_loss(build("gemma2"), together)), rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_last_queries_of_a_row_see_what_they_see_in_the_whole_row(window):
+    q, k, v = (torch.randn(9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    whole = attention.row_by_row(q, k, v, boundaries(0, 9), None, window)
+    rows = attention.Boundaries(torch.tensor([0, 4]), torch.tensor([0, 9]), 4, 9)
+    part = attention.row_by_row(q[5:], k, v, rows, None, window)
+    assert torch.allclose(part, whole[5:], atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensloth.engine import attention
-from opensloth.engine.policy import packed, padded, score
+from opensloth.engine.policy import lay_out, packed, padded, score
 from tiny import tiny_model, tiny_tokenizer
 
 SAME = 1e-5
@@ -62,6 +62,35 @@ def test_packed_and_padded_rows_score_as_each_row_alone(arch):
         assert torch.allclose(found.entropy, entropy, atol=SAME)
         assert not found.entropy.requires_grad
         assert_same(gradients(model, found.logps), expected_gradients)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+def test_a_prompt_that_rows_share_goes_through_the_model_once(arch, monkeypatch):
+    """Groups of three, one and two completions; their scores and gradients are those of rows with a prompt each."""
+    model = tiny_model(tiny_tokenizer(), arch)
+    model.set_attn_implementation(attention.NAME)
+    chooser = torch.Generator().manual_seed(5)
+    groups, left, right = ((5, 3), (8, 1), (2, 2)), 8, 6
+    ids, mask = (torch.zeros(6, left + right, dtype=torch.long) for _ in range(2))
+    row = 0
+    for prompt, count in groups:
+        asked = torch.randint(5, 300, (prompt,), generator=chooser)
+        for _ in range(count):
+            length = int(torch.randint(1, right + 1, (1,), generator=chooser))
+            ids[row, left - prompt : left] = asked
+            ids[row, left : left + length] = torch.randint(5, 300, (length,), generator=chooser)
+            mask[row, left - prompt : left + length] = 1
+            row += 1
+    shared = packed(model, ids, mask, right, TEMPERATURE)
+    shared_gradients = gradients(model, shared.logps)
+    laid = lay_out(ids, mask.bool(), right)
+    assert int(laid.keep.sum()) == 5 + 8 + 2 + int(mask[:, left:].sum())
+    monkeypatch.setattr(attention, "shares", lambda device: False)
+    assert lay_out(ids, mask.bool(), right).key_places is None
+    alone = packed(model, ids, mask, right, TEMPERATURE)
+    assert torch.allclose(shared.logps, alone.logps, atol=SAME)
+    assert torch.allclose(shared.entropy, alone.entropy, atol=SAME)
+    assert_same(shared_gradients, gradients(model, alone.logps))
 
 
 def test_a_model_that_caps_its_logits_is_scored_on_padded_rows():

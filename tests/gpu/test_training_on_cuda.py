@@ -42,7 +42,7 @@ def test_the_kernel_equals_attention_row_by_row(window):
         None, *packed, None, scaling=0.125, sliding_window=window, cu_seq_lens_q=ends, max_length_q=longest
     )
     rows = (x.transpose(1, 2)[0] for x in reference)
-    expected = attention.row_by_row(*rows, ends, 0.125, window)[None]
+    expected = attention.row_by_row(*rows, attention.Boundaries(ends, ends, longest, longest), 0.125, window)[None]
     assert out.shape == expected.shape
     assert float((out.float() - expected).abs().max()) < BFLOAT16
     weight = torch.randn_like(expected)
@@ -51,6 +51,10 @@ def test_the_kernel_equals_attention_row_by_row(window):
     for got, wanted in zip(packed, reference, strict=True):
         error = (got.grad.float() - wanted.grad).abs().max() / wanted.grad.abs().max()
         assert float(error) < BFLOAT16
+
+
+def test_rows_that_share_their_beginnings_come_out_right():
+    assert attention.shares(torch.device("cuda", 0))
 
 
 def test_no_bit_of_a_row_depends_on_its_neighbours():

@@ -3,10 +3,14 @@
 One implementation is registered with transformers under `NAME`. On a CUDA card (sm80 or newer, 16-bit) it is torch's
 own variable-length flash attention; everywhere else it is scaled-dot-product attention, row by row. Both are exact.
 The boundaries come with each batch as `cu_seq_lens_q` (cumulative row lengths, int32, shape (rows + 1,)).
+
+Rows may share their beginnings: with `key_places` a row has fewer queries than keys, because the tokens that it begins
+with lie in another row. Its queries are the last of its positions.
 """
 
 import inspect
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +30,10 @@ def varlen(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_places: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row of a pack.
@@ -34,6 +41,7 @@ def varlen(
     Args:
         query: (1, heads, tokens, head size); key and value may have fewer heads (grouped queries).
         sliding_window: a token sees itself and `sliding_window - 1` tokens before it, as transformers counts.
+        cu_seq_lens_k, max_length_k: of the keys, where `key_places` (all keys,) says which token of the pack each is.
     Returns:
         (1, tokens, heads, head size), None.
     Raises:
@@ -44,11 +52,21 @@ def varlen(
     if dropout:
         raise ValueError("packed attention has no dropout")
     q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
-    if has_kernel(q):
-        out = flash_varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    else:
-        out = row_by_row(q, k, v, cu_seq_lens_q, scaling, sliding_window)
-    return out[None], None
+    rows = Boundaries(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    if key_places is not None and cu_seq_lens_k is not None and max_length_k is not None:
+        k, v = k[key_places], v[key_places]
+        rows = Boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    attend = flash_varlen if has_kernel(q) else row_by_row
+    return attend(q, k, v, rows, scaling, sliding_window)[None], None
+
+
+class Boundaries(NamedTuple):
+    """Where rows begin and end among the queries and among the keys (cumulative, int32), and the longest of each."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
 
 
 def has_kernel(q: torch.Tensor) -> bool:
@@ -62,8 +80,7 @@ def flash_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
+    rows: Boundaries,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
@@ -76,7 +93,7 @@ def flash_varlen(
     # the window must be a tuple: torch recognizes causal attention by comparing it with (-1, 0)
     window_size = (window - 1, 0) if window else (-1, 0)
     out = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), boundaries, boundaries, longest, longest,
+        q.contiguous(), k.contiguous(), v.contiguous(), *rows,
         scale=scaling, window_size=window_size, **extra,
     )  # fmt: skip
     return out if isinstance(out, torch.Tensor) else out[0]
@@ -86,28 +103,47 @@ def row_by_row(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    boundaries: torch.Tensor,
+    rows: Boundaries,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    lengths = [n for n in boundaries.diff().tolist() if n]  # padding entries repeat the last boundary
-    parts = zip(*(torch.split(x, lengths, 1) for x in (q, k, v)), strict=True)
-    out = [
-        F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scaling)
-        if not window or a.shape[1] <= window
-        else F.scaled_dot_product_attention(a, b, c, attn_mask=band(a.shape[1], window, a.device), scale=scaling)
-        for a, b, c in parts
-    ]
+    # padding entries repeat the last boundary
+    queries, keys = ([n for n in ends.diff().tolist() if n] for ends in (rows.queries, rows.keys))
+    parts = zip(torch.split(q, queries, 1), torch.split(k, keys, 1), torch.split(v, keys, 1), strict=True)
+    out = []
+    for a, b, c in parts:
+        new, seen = a.shape[1], b.shape[1]
+        square = new == seen and (not window or seen <= window)
+        mask = None if square else band(new, seen, window or seen, a.device)
+        out.append(F.scaled_dot_product_attention(a, b, c, attn_mask=mask, is_causal=square, scale=scaling))
     return torch.cat(out, 1).transpose(0, 1)
 
 
-def band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """The causal mask of a sliding window: True where a token (first index) sees another (second index)."""
-    at = torch.arange(length, device=device)
-    behind = at[:, None] - at[None, :]
+def band(new: int, seen: int, window: int, device: torch.device) -> torch.Tensor:
+    """The causal mask of a sliding window over `seen` positions for the last `new` of them: (new, seen), True where a
+    position sees another."""
+    behind = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)[None, :]
     return (behind >= 0) & (behind < window)
+
+
+@cache
+def shares(device: torch.device) -> bool:
+    """Whether rows with fewer queries than keys come out right on this device.
+
+    torch does not say where its kernel puts the diagonal then; it is asked once, with numbers.
+    """
+    if device.type != "cuda":
+        return True
+    chooser = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 64, generator=chooser, device=device).bfloat16() for n in (5, 12, 12))
+    if not has_kernel(q):
+        return True
+    queries, keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ((0, 2, 5), (0, 6, 12)))
+    rows = Boundaries(queries, keys, 3, 6)
+    difference = flash_varlen(q, k, v, rows, None, None) - row_by_row(q, k, v, rows, None, None)
+    return bool(difference.abs().max() < 0.05)
 
 
 def why_not(config: PretrainedConfig) -> str:

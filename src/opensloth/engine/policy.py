@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from opensloth.engine import attention
+
 
 class TokenScores(NamedTuple):
     """Of each completion token, shape (rows, completion length), fp32, 0 where there is padding.
@@ -25,33 +27,69 @@ def packed(
 ) -> TokenScores:
     """One forward over all rows laid one behind the other, without padding; logits for completion tokens alone.
 
+    Rows that follow each other with the same prompt share it: its tokens go through the model once.
+
     Args:
         model: with the attention of engine/attention.py; may be wrapped in DDP.
         input_ids, attention_mask: (rows, prompt and completion).
         length: of the completions' part.
     """
-    keep = attention_mask.bool()
-    lengths = keep.sum(1)
-    positions = (attention_mask.cumsum(1) - 1)[keep][None]
-    boundaries = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
-    ids = input_ids[keep][None]
-    columns = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    targets = (columns[keep] >= keep.shape[1] - length).nonzero()[:, 0]
+    laid = lay_out(input_ids, attention_mask.bool(), length)
     logits = model(
-        input_ids=ids,
-        position_ids=positions,
-        cu_seq_lens_q=boundaries,
-        cu_seq_lens_k=boundaries,
-        max_length_q=longest,
-        max_length_k=longest,
-        logits_to_keep=targets - 1,  # the token before predicts it
+        input_ids=input_ids[laid.keep][None],
+        position_ids=(attention_mask.cumsum(1) - 1)[laid.keep][None],
+        cu_seq_lens_q=laid.rows.queries,
+        cu_seq_lens_k=laid.rows.keys,
+        max_length_q=laid.rows.longest_queries,
+        max_length_k=laid.rows.longest_keys,
+        key_places=laid.key_places,
+        logits_to_keep=laid.predictors,
         use_cache=False,  # with a cache, rows would see each other
     ).logits[0]
-    logps, entropy = score(logits, ids[0, targets], temperature)
-    at = keep[:, -length:]
+    at = attention_mask[:, -length:].bool()
+    logps, entropy = score(logits, input_ids[:, -length:][at], temperature)
     empty = torch.zeros(at.shape, dtype=logps.dtype, device=at.device)
     return TokenScores(empty.masked_scatter(at, logps), empty.masked_scatter(at, entropy))
+
+
+class Laid(NamedTuple):
+    """Rows in a pack: which of their tokens lie in it, and where.
+
+    Attributes:
+        keep: (rows, prompt and completion), True for the tokens of the pack, in its order.
+        key_places: the place in the pack of every token that a row sees, row by row; None where no prompt is shared.
+        predictors: the place of the token before each completion token.
+    """
+
+    keep: torch.Tensor
+    rows: attention.Boundaries
+    key_places: torch.Tensor | None
+    predictors: torch.Tensor
+
+
+def lay_out(input_ids: torch.Tensor, mask: torch.Tensor, length: int) -> Laid:
+    """Lay rows one behind the other; a row whose prompt is that of the row before has only its completion there."""
+    prompts, completions = mask[:, :-length], mask[:, -length:]
+    ids = input_ids[:, :-length].masked_fill(~prompts, -1)
+    first = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # whether a row brings its prompt
+    if attention.shares(ids.device):
+        first[1:] = (ids[1:] != ids[:-1]).any(1)
+    keep = torch.cat([prompts & first[:, None], completions], 1)
+    rows = attention.Boundaries(ends(keep), ends(mask), int(keep.sum(1).max()), int(mask.sum(1).max()))
+    starts = rows.queries[:-1].long()
+    head = starts[first][first.cumsum(0) - 1]  # where the prompt of each row begins
+    own = starts + first * prompts.sum(1)  # where its completion begins
+    of_prompt = head[:, None] + prompts.cumsum(1) - 1
+    of_completion = own[:, None] + completions.cumsum(1) - 1
+    before = of_completion - 1
+    before[:, 0] = of_prompt[:, -1]  # the first token of a completion follows the last one of the prompt
+    key_places = None if bool(first.all()) else torch.cat([of_prompt, of_completion], 1)[mask]
+    return Laid(keep, rows, key_places, before[completions])
+
+
+def ends(mask: torch.Tensor) -> torch.Tensor:
+    """The boundaries of rows whose tokens are marked: cumulative, from 0."""
+    return F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def padded(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opensloth.data.plan.shards import deal_step
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.engine.policy import TokenScores
@@ -122,9 +121,7 @@ def trainer_class() -> type[Any]:
             begin = time.monotonic()
             self.batch = self._generate_and_score_completions(self.as_rows(asked["prompts"]))
             self.batch = {name: value for name, value in self.batch.items() if isinstance(value, torch.Tensor)}
-            lengths = (self.batch["prompt_mask"].sum(1) + self.batch["completion_mask"].sum(1)).cpu().numpy()
-            run = self.run
-            parts = cut(lengths, pack_tokens=run.pack_tokens, batch_size=run.batch_size, packs=run.packs)
+            parts = self.cut(self.batch["prompt_mask"], self.batch["completion_mask"])
             self.micro_batches = weighted(parts, self.batch, self.loss_type, self.accelerator.num_processes)
             self.keep_rollouts()
             self.seconds["batch"] = time.monotonic() - begin
@@ -163,6 +160,18 @@ def trainer_class() -> type[Any]:
             self.seconds["rewards"] = time.monotonic() - begin
             return found
 
+        def cut(self, prompts: torch.Tensor, completions: torch.Tensor) -> list[list[int]]:
+            """The places of the completions of each micro-batch."""
+            run = self.run
+            return cut(
+                prompts.sum(1).cpu().numpy(),
+                completions.sum(1).cpu().numpy(),
+                group=self.num_generations,
+                pack_tokens=run.pack_tokens,
+                batch_size=run.batch_size,
+                packs=run.packs,
+            )
+
         def _get_per_token_logps_and_entropies(
             self,
             model: torch.nn.Module,
@@ -178,8 +187,7 @@ def trainer_class() -> type[Any]:
             if torch.is_grad_enabled():
                 parts = [list(range(len(input_ids)))]
             else:
-                lengths = attention_mask.sum(1).cpu().numpy()
-                parts = deal_step(range(len(lengths)), lengths, self.run.pack_tokens, 1)[0]
+                parts = self.cut(attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:])
             logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
             entropy = torch.zeros_like(logps)
             with self.compute_loss_context_manager():

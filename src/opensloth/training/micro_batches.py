@@ -8,26 +8,42 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
-from opensloth.data.plan.shards import deal_step
 
 Micro = tuple[list[int], float]  # places of completions, and the weight of their loss
 
 
-def cut(lengths: NDArray[np.int64], *, pack_tokens: int, batch_size: int | None, packs: bool) -> list[list[int]]:
-    """Micro-batches of whole completions, by their places in `lengths`.
+def cut(
+    prompts: NDArray[np.int64],
+    completions: NDArray[np.int64],
+    *,
+    group: int,
+    pack_tokens: int,
+    batch_size: int | None,
+    packs: bool,
+) -> list[list[int]]:
+    """Micro-batches of whole completions, by their places.
 
     Args:
-        lengths: tokens of each prompt with its completion.
+        prompts, completions: tokens of each; `group` completions that follow each other have the same prompt.
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         packs: False where rows are padded to the longest of a micro-batch.
     """
+    places = list(range(len(prompts)))
     if batch_size is not None:
-        return [
-            list(range(start, min(start + batch_size, len(lengths)))) for start in range(0, len(lengths), batch_size)
-        ]
-    if packs:
-        return deal_step(range(len(lengths)), lengths, pack_tokens, 1)[0]
-    return padded_batches(np.arange(len(lengths)), lengths, pack_tokens)
+        return [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    if not packs:
+        return padded_batches(np.array(places), prompts + completions, pack_tokens)
+    parts: list[list[int]] = []
+    room = 0
+    for place in places:
+        new_prompt = not parts or parts[-1][-1] // group != place // group
+        cost = int(completions[place] + (prompts[place] if new_prompt else 0))
+        if cost > room:  # a prompt is paid for once in each micro-batch that has completions of it
+            parts.append([])
+            room, cost = pack_tokens, int(prompts[place] + completions[place])
+        parts[-1].append(place)
+        room -= cost
+    return parts
 
 
 def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss: str, processes: int) -> list[Micro]:
