@@ -38,11 +38,21 @@ GRPO = {
     "group-size": 16,
     "max-new": 64,
     "samples": 20000,
-    "max-steps": 32,
-    "lr": 3e-4,
-    "pack-tokens": 8192,
+    "max-steps": 120,
+    "lr": 2e-4,
+    "pack-tokens": 12288,
+    "save-steps": 20,
+    "save-total-limit": 50,
 }
-GRPO_DATA = {"prompts-per-step": 16, "group-size": 16, "max-new": 256, "max-steps": 12, "lr": 1e-4, "pack-tokens": 8192}
+TRL_STEPS = 40  # TRL's steps take so long that it is compared with our run after as many of them
+GRPO_DATA = {
+    "prompts-per-step": 16,
+    "group-size": 16,
+    "max-new": 256,
+    "max-steps": 20,
+    "lr": 2e-4,
+    "pack-tokens": 12288,
+}
 SFT_DATA = {
     "chat-template": "reasoning",
     "tokens-per-step": 8192,
@@ -63,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--lr", type=float, default=GRPO["lr"])
     parser.add_argument("--max-steps", type=int, default=GRPO["max-steps"])
+    parser.add_argument("--trl-steps", type=int, default=TRL_STEPS)
     parser.add_argument("--rollout", default="auto")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--output", type=Path)
@@ -104,7 +115,8 @@ def trl(arguments: argparse.Namespace) -> None:
     runs = []
     for seed in seeds(arguments):
         ours, output = arguments.work / f"grpo-{seed}", arguments.work / f"trl-{seed}"
-        runs.append((output, [sys.executable, str(Path(__file__).with_name("trl_grpo.py")), str(ours), str(output)]))
+        script = str(Path(__file__).with_name("trl_grpo.py"))
+        runs.append((output, [sys.executable, script, str(ours), str(output), str(arguments.trl_steps)]))
     together(arguments, runs)
 
 
@@ -180,25 +192,31 @@ def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Seq
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Every model answers every problem, several models at a time; differences are over the same problems."""
+    """Every model answers every problem, several models at a time; differences are over the same problems.
+
+    What a model answered is kept, so that an evaluation that was cut off goes on.
+    """
     work: Path = arguments.work
+    steps = arguments.trl_steps
     mine = [f"grpo-{seed}" for seed in seeds(arguments)]
     peers = [f"trl-{seed}" for seed in seeds(arguments)]
-    asked = {"base": (ARITHMETIC, Path(arguments.model))}
-    asked |= {name: (ARITHMETIC, path) for name in ("sft", *mine, "control", *peers) if (path := finished(work / name))}
+    asked: dict[str, tuple[str, Path | None]] = {"base": (ARITHMETIC, Path(arguments.model))}
+    asked |= {name: (ARITHMETIC, finished(work / name)) for name in ("sft", *mine, "control", *peers)}
+    early = {name: f"{name} after {steps} steps" for name in mine}
+    asked |= {early[name]: (ARITHMETIC, whole(work / name / "checkpoints" / f"checkpoint-{steps}")) for name in mine}
+    pairs = [(name, "sft") for name in (*mine, "control", *peers)]
+    pairs += [(early[ours], theirs) for ours, theirs in zip(mine, peers, strict=True)]
     if arguments.data:
-        _, held_out = divided(arguments)
-        asked["gsm base"] = (str(held_out), Path(arguments.model))
-        for name in ("data-sft", f"data-grpo-{seeds(arguments)[0]}"):
-            if path := finished(work / name):
-                asked[f"gsm {name}"] = (str(held_out), path)
+        held_out = str(divided(arguments)[1])
+        trained = f"data-grpo-{seeds(arguments)[0]}"
+        asked["gsm base"] = (held_out, Path(arguments.model))
+        asked |= {f"gsm {name}": (held_out, finished(work / name)) for name in ("data-sft", trained)}
+        pairs.append((f"gsm {trained}", "gsm data-sft"))
+    there = {name: (data, model) for name, (data, model) in asked.items() if model is not None}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = dict(
-            zip(asked, pool.map(lambda one: scores(one[0], one[1], arguments.held_out), asked.values()), strict=True)
-        )
+        rows = pool.map(lambda name: scores(arguments, name, *there[name]), there)
+        found = dict(zip(there, rows, strict=True))
     right = {name: row.pop("right") for name, row in found.items()}
-    pairs = [(name, "sft") for name in (*mine, "control", *peers)] + list(zip(mine, peers, strict=True))
-    pairs.append((f"gsm data-grpo-{seeds(arguments)[0]}", "gsm data-sft"))
     report: dict[str, Any] = machine.describe()
     report["recipe"] = {"sft": SFT, "grpo": GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}}
     report["seconds"] = json.loads((work / "times.json").read_text())
@@ -216,27 +234,31 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(json.dumps(report["differences"], indent=1))
 
 
+def whole(run: Path) -> Path | None:
+    return run if (run / "adapter_config.json").exists() else None
+
+
 def finished(run: Path) -> Path | None:
     """The adapter of a run: the last, or that of the newest checkpoint where it was stopped."""
-    if (run / "adapter_config.json").exists():
+    if whole(run):
         return run
     points = sorted(run.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return points[-1] if points else None
 
 
-def scores(data: str, model: Path, problems: int) -> dict[str, Any]:
+def scores(arguments: argparse.Namespace, name: str, data: str, model: Path) -> dict[str, Any]:
     """What os-eval says of a model, with its verdict on every problem."""
-    max_new = MAX_NEW[ARITHMETIC if data == ARITHMETIC else "data"]
-    command = [sys.executable, "-m", "opensloth.cli.eval", data, "--model", str(model), "--chat-template", "reasoning"]
-    done = subprocess.run(
-        [*command, "-n", str(problems), "--max-new", str(max_new), "--json"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-    )
-    row: dict[str, Any] = json.loads(done.stdout)["models"][0]
-    return {name: row[name] for name in ("pass_at_1", "format_rate", "mean_tokens", "right")}
+    kept = arguments.work / "answers" / f"{name.replace(' ', '-')}.json"
+    if not kept.exists():
+        max_new = MAX_NEW[ARITHMETIC if data == ARITHMETIC else "data"]
+        command = [*(sys.executable, "-m", "opensloth.cli.eval", data, "--model", str(model), "--json")]
+        command += ["--chat-template", "reasoning", "-n", str(arguments.held_out), "--max-new", str(max_new)]
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(done.stdout)
+    row: dict[str, Any] = json.loads(kept.read_text())["models"][0]
+    return {key: row[key] for key in ("pass_at_1", "format_rate", "mean_tokens", "right")}
 
 
 def curve(run: Path) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """TRL's own GRPO trainer on the job of an `os-grpo` run: its rewards, prompts in their order, seed, steps and settings.
 
-usage: python benchmarks/trl_grpo.py RUN OUTPUT    (RUN is the directory of the os-grpo run)
+usage: python benchmarks/trl_grpo.py RUN OUTPUT STEPS    (RUN is the directory of the os-grpo run)
 
 Nothing of ours takes part but the rewards and the prompts: TRL renders them with the adapter's chat template,
 generates, pads and trains as it does for anybody. Stopped (SIGTERM), it goes on from its last checkpoint.
@@ -22,17 +22,17 @@ from opensloth.config.jobs import GrpoJob
 from opensloth.data.plan.batches import lay_out
 from opensloth.data.prepared.directory import open_prepared
 
-MICRO_BATCH = 128  # completions
+MICRO_BATCH = 64  # completions
 
 
 def main() -> None:
-    run, output = Path(sys.argv[1]), Path(sys.argv[2])
+    run, output, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     record = json.loads((run / "job.json").read_text())
     job = GrpoJob.model_validate({name: entry["value"] for name, entry in record["settings"].items()})
     prepared = open_prepared(Path(record["data"]["directory"]))
     seed = int(prepared.manifest.options["seed"] if job.seed is None else job.seed)
     plan = lay_out(prepared, job, seed=seed, processes=1)
-    rows = [prepared.rows.prompt(int(row)) for batch in plan.batches for row in batch]
+    rows = [prepared.rows.prompt(int(row)) for batch in plan.batches[:steps] for row in batch]
     data = Dataset.from_list([{"prompt": row.messages, "answer": row.answer} for row in rows])
     adapter = record["model"]["adapter"]
     on_gpu = torch.cuda.is_available()
@@ -45,7 +45,7 @@ def main() -> None:
     judges = rewards.task(job.task, tags=prepared.contract.tags, print_every=0)
     settings = GRPOConfig(
         output_dir=str(output / "checkpoints"),
-        max_steps=plan.steps,
+        max_steps=steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=completions // micro,
         num_generations=job.group_size,
