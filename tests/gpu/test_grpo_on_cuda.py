@@ -1,0 +1,124 @@
+"""GRPO on a card: recorded decoding steps, the merged adapter, both engines, two processes on one card."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from grpo_fixtures import make_place
+from opensloth.rollout.generate import generate
+from opensloth.rollout.graph import BUCKET, GraphDecoder
+from opensloth.rollout.sampling import Noise, Sampling
+from tiny import tiny_model, tiny_tokenizer
+from training_fixtures import environment
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 10, 11, 12, 13], [9, 10, 11, 12, 13], [4] * (BUCKET + 6)]
+SECONDS = 300
+
+
+def policy(arch="llama", dtype=torch.float32):
+    model = tiny_model(tiny_tokenizer(), arch)
+    model.set_attn_implementation("sdpa")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(model, config).to("cuda", dtype)
+
+
+def asked(count, **changed):
+    noise = Noise(1, 2, tuple(range(count)))
+    return {"stops": [3], "pad": 0, "max_new": 40, "sampling": Sampling(), "noise": noise, **changed}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_recorded_steps_write_what_the_plain_loop_writes(arch):
+    model, decoder = policy(arch), GraphDecoder()
+    for count in (5, 3, 5):  # the second and third time from the recordings
+        plain = generate(model, PROMPTS[:count], **asked(count))
+        recorded = generate(model, PROMPTS[:count], write=decoder, **asked(count))
+        for one, other in zip(plain, recorded, strict=True):
+            assert one.ids == other.ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_recordings_follow_the_weights():
+    model, decoder = policy(), GraphDecoder()
+    greedy = asked(5, sampling=Sampling(temperature=0), noise=None, stops=[])
+    before = generate(model, PROMPTS, write=decoder, **greedy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter))
+    after = generate(model, PROMPTS, write=decoder, **greedy)
+    assert [one.ids for one in after] != [one.ids for one in before]
+    assert [one.ids for one in after] == [one.ids for one in generate(model, PROMPTS, **greedy)]
+
+
+def test_the_base_comes_back_bit_for_bit():
+    model = policy(dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generate(model, PROMPTS, write=GraphDecoder(), **asked(5))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def train(place, output, *more, model="model"):
+    """Run `os-train grpo` on the card. Returns the logs of its steps."""
+    command = [sys.executable, "-m", "opensloth.cli.train", "grpo", str(place / "rows.jsonl"), "--model"]
+    command += [str(place / model), "--chat-template", "reasoning", "--max-new", "12", "--prompts-per-step", "4"]
+    command += ["--group-size", "4", "--max-steps", "2", "--lr", "1e-3", "--output", output, *map(str, more)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=environment(CUDA_VISIBLE_DEVICES=visible),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (place / output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "reward" in line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("grpo"))
+
+
+def save_larger_heads(directory):
+    """Random weights, with heads that unsloth's kernels take."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **tokens)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("rollout", ["graph", "generate"])
+def test_native_trains_on_a_card(place, rollout):
+    steps = train(place, rollout, "--gpus", 1, "--rollout", rollout)
+    assert len(steps) == 2
+    assert all(step["logp_gap/mean"] < 0.05 for step in steps)
+    weights = load_file(place / rollout / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_unsloth_trains_too(place):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    save_larger_heads(place / "larger")
+    assert len(train(place, "unsloth", "--gpus", 1, "--engine", "unsloth", model="larger")) == 2
+
+
+def test_two_processes_that_share_a_card_end_with_one_adapter(place):
+    """The processes compare their weights after every step, and the run fails where they differ."""
+    assert len(train(place, "shared", "--gpus", "0,0", "--check-every", 1)) == 2
