@@ -29,11 +29,11 @@ GRPO: dict[str, Any] = {
     "samples": 2000,
     "prompts_per_step": 4,
     "group_size": 8,
-    "max_steps": 12,
+    "max_steps": 20,
     "max_new": MAX_NEW,
     "lr": 1e-4,
-    "save_steps": 6,
-    "print_samples_every": 6,
+    "save_steps": 10,
+    "print_samples_every": 10,
 }
 
 
