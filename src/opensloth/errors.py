@@ -43,6 +43,12 @@ class RunStopped(OpenSlothError):
     exit_code = STOPPED
 
 
+class Unequal(OpenSlothError):
+    """Two runs that should be the same training are not (exit code 4)."""
+
+    exit_code = BEYOND_TOLERANCE
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint `Did you mean X?` for a misspelt name, or an empty string where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

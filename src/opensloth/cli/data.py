@@ -65,13 +65,13 @@ def prepare(request: Request[DataJob]) -> None:
 
         plan_data(request)
         return
-    from opensloth.data.models.smollm2 import is_converted
+    from opensloth.data.models.resolve import is_made
     from opensloth.data.prepared.build import hide_torch
     from opensloth.data.prepared.prepare import prepare
 
     here = request.job.input.startswith("sample:") or Path(request.job.input).expanduser().exists()
     needs_torch = not here  # to hash what it was asked for, `datasets` imports torch where sys.modules has the name
-    needs_torch |= request.job.trust_remote_code or (request.job.model == "sample:smollm2" and not is_converted())
+    needs_torch |= request.job.trust_remote_code or not is_made(request.job.model)
     if not needs_torch:
         hide_torch()
     report(prepare(request.job), request.as_json)

@@ -4,7 +4,9 @@ A mistake in any of them would show only after the model was loaded, or not at a
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log
@@ -30,8 +32,14 @@ NAMED = 5  # row ids in a line for people
 Figures = dict[str, str]
 
 
-def start_grpo(resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World") -> "Result":
-    """Check the job, say what it will do, and train. Raises as `check_data`, `check_model` and `start`."""
+def start_grpo(
+    resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World", more: Mapping[str, str] = MappingProxyType({})
+) -> "Result":
+    """Check the job, say what it will do, and train. Raises as `check_data`, `check_model` and `start`.
+
+    Args:
+        more: other files that the run directory holds before the workers start, with their text.
+    """
     from opensloth.data.models.resolve import resolve_model
     from opensloth.launch.run_directory import start
 
@@ -40,7 +48,8 @@ def start_grpo(resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World"
     ref = resolve_model(job.model or prepared.manifest.model, job.revision)
     notes = {"rewards": in_words(rewards)} | check_model(job, prepared, ref)
     contents = {"rewards": content(job, rewards)}
-    files = {FAILURES: lambda: gold_failures(job, prepared, rewards)}
+    files: dict[str, Callable[[], str]] = {FAILURES: lambda: gold_failures(job, prepared, rewards)}
+    files |= {name: partial(str, text) for name, text in more.items()}
     return start(job, resolved.origins, prepared, world, contents=contents, files=files, notes=notes)
 
 

@@ -42,11 +42,10 @@ def is_local(spec: str) -> bool:
 
 def local_model(spec: str, revision: str | None) -> Any:
     """The model's ModelRef if it lies on this machine, else a sentence that says why there is nothing to read."""
-    from opensloth.data.models.resolve import resolve_model
-    from opensloth.data.models.smollm2 import is_converted
+    from opensloth.data.models.resolve import is_made, resolve_model
 
-    if spec == "sample:smollm2" and not is_converted():
-        return "the sample model has not been converted yet, which the first real run does"
+    if not is_made(spec):
+        return "the sample model has not been made yet, which the first real run does"
     if is_local(spec):
         return resolve_model(spec, revision)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a dry run fetches nothing; the hub client's cache may have it

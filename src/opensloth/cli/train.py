@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from opensloth.cli import verify
 from opensloth.cli.options import Request, add_command, new_app
 from opensloth.cli.program import run
 from opensloth.cli.result import report
@@ -40,6 +41,8 @@ SFT_HELP = "Prepare data and train an adapter on it: os-data and os-sft in one."
 GRPO_HELP = "Prepare prompts and train on them with rewards: os-data --method grpo and os-grpo in one."
 add_command(app, "sft", TrainSftJob, train_sft, help=SFT_HELP)
 add_command(app, "grpo", TrainGrpoJob, train_grpo, help=GRPO_HELP)
+
+app.add_typer(verify.app, name="verify")
 
 
 @app.command()

@@ -75,7 +75,7 @@ def generate(
         device = next(policy.parameters()).device
         longest = max(map(len, prompts)) + max_new if prompts else 1
         size = batch or at_once(getattr(policy, "config", None), device, longest)
-        complete = write or (decode if serves(policy) else by_transformers)
+        complete = write or writer_for(policy)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = None if uniforms is None else uniforms[rows].to(device)
@@ -85,6 +85,11 @@ def generate(
             if done is not None:
                 done(len(found))
     return [found[index] for index in range(len(prompts))]
+
+
+def writer_for(policy: torch.nn.Module) -> Write:
+    """Our own loop, or transformers' where that does not serve the model."""
+    return decode if serves(policy) else by_transformers
 
 
 def at_once(config: Any, device: torch.device, length: int) -> int:

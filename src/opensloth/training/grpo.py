@@ -20,7 +20,7 @@ from opensloth.engine.policy import TokenScores
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.held_out import HeldOut, gathered
-from opensloth.training.micro_batches import Gaps, Micro, cut, weighted
+from opensloth.training.micro_batches import Gaps, Micro, cut, gathers_unequal, weighted
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, kept_weights
@@ -98,7 +98,7 @@ def trainer_class() -> type[Any]:
             for number, (rows, weight) in enumerate(self.micro_batches):
                 part = {name: value if value.dim() == 0 else value[rows] for name, value in self.batch.items()}
                 sync = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
-                with sync:
+                with sync, gathers_unequal(self.accelerator, len(self.batch["completion_mask"])):
                     loss = self._compute_loss(model, part) * weight
                     self.accelerator.backward(loss)
                 self.since_log.append((rows, loss.detach()))
@@ -223,6 +223,9 @@ def trainer_class() -> type[Any]:
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
             super().log(logs, start_time)
+
+        def rows_of(self, step: int) -> list[int]:
+            return [prompt.row_id for prompt in self.run.prompts[step]["prompts"]]
 
         def describe_fault(self, micro_batch: list[int], loss: float) -> Fault:
             assert self.asked is not None

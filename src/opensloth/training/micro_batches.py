@@ -1,6 +1,8 @@
 """A batch of completions, cut into what goes through the model at once; and what each part's loss weighs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,29 @@ def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss
         dist.all_gather_object(counts, len(micro))
         micro += [([0], 0.0)] * (max(counts) - len(micro))
     return micro
+
+
+@contextmanager
+def gathers_unequal(accelerator: Any, most: int) -> Iterator[None]:
+    """While it lasts, `accelerator.gather` takes up to `most` numbers of each process, and fills up with NaN.
+
+    TRL gathers one number a completion for its figures (which leave NaN out), as if the micro-batches of all processes
+    had equally many completions.
+    """
+    gather = accelerator.gather
+
+    def filled_up(numbers: torch.Tensor) -> Any:
+        if numbers.dim() == 0:
+            return gather(numbers)
+        full = numbers.new_full((most,), float("nan"))
+        full[: len(numbers)] = numbers
+        return gather(full)
+
+    accelerator.gather = filled_up
+    try:
+        yield
+    finally:
+        accelerator.gather = gather
 
 
 class Gaps:

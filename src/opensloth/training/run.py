@@ -19,7 +19,7 @@ from opensloth.engine import Engine
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint
-from opensloth.training.callbacks import SameAdapter, StopOnSignal
+from opensloth.training.callbacks import Alive, SameAdapter, StopOnSignal
 from opensloth.training.trainer import RunFiles
 
 
@@ -70,9 +70,10 @@ def train_to_the_end(
     """
     stop = StopOnSignal(every)
     trainer.add_callback(stop)
+    trainer.add_callback(Alive())
     trainer.remove_callback(PrinterCallback)  # our own line says it better
     if dist.is_initialized() and job.check_every and not job.full_finetuning:
-        trainer.add_callback(SameAdapter(job.check_every))
+        trainer.add_callback(SameAdapter(job.check_every, trainer.rows_of))
     resume = checkpoint_to_resume(job, run_dir)
     if resume and place.leads:
         log.say(f"going on from {resume}")
@@ -86,13 +87,25 @@ def train_to_the_end(
     if trainer.eval_dataset is not None and not evaluated(trainer):
         trainer.evaluate()
     figures = finish(time.monotonic() - begin)
+    hashes = hashes_of_all(trainer.model)
     if place.leads:
         log.say(f"saving what was trained to {run_dir}")
         trainer._save(str(run_dir))
-        paths.write_json(run_dir / "result.json", {**figures, "weights_sha256": weights_hash(trainer.model)})
+        same = {"weights_sha256": hashes[0], "processes_with_these_weights": hashes.count(hashes[0])}
+        paths.write_json(run_dir / "result.json", {**figures, **same})
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def hashes_of_all(model: Any) -> list[str]:
+    """The hash of the trained weights on each process."""
+    mine = weights_hash(model)
+    if not dist.is_initialized():
+        return [mine]
+    hashes = [""] * dist.get_world_size()
+    dist.all_gather_object(hashes, mine)
+    return hashes
 
 
 def evaluated(trainer: Any) -> bool:

@@ -21,6 +21,7 @@ from opensloth.rewards.choose import chosen
 from opensloth.rewards.gold import FAILURES
 from opensloth.rollout.decode import serves
 from opensloth.rollout.graph import GraphDecoder
+from opensloth.rollout.recorded import recorded
 from opensloth.rollout.sampling import Sampling
 from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
@@ -97,7 +98,7 @@ def describe_run(
         stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
-        write=writer(job, engine, place),
+        write=recorded(run_dir, place.rank, writer(job, engine, place)),
         held_out=[prepared.rows.prompt(int(row)) for row in rows],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )

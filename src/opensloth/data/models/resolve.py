@@ -1,7 +1,8 @@
 """Which model is meant by `--model`, and its tokenizer.
 
-A model is a hub id, a model directory, an adapter directory (training goes on from it) or `sample:smollm2`. Data
-preparation and the engines resolve it here, so that they mean the same one. Weights are the engines' business.
+A model is a hub id, a model directory, an adapter directory (training goes on from it), or a `sample:` that is made on
+this machine. Data preparation and the engines resolve it here, so that they mean the same one. Weights are the engines'
+business.
 """
 
 import json
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from opensloth import log, paths
 from opensloth.data.models import smollm2 as sample_model
+from opensloth.data.models import tiny as tiny_model
 from opensloth.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLES = ("sample:smollm2",)
+SAMPLES = {"sample:smollm2": sample_model.DIRECTORY, "sample:tiny": tiny_model.DIRECTORY}
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # An adapter repository of the hub is fetched whole but for what may hold code or another framework's weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -59,7 +61,17 @@ def _sample(spec: str, revision: str | None) -> ModelRef:
         raise UserError(f"There is no model {spec}.", nearest(spec, SAMPLES) or f"Known: {', '.join(SAMPLES)}.")
     if revision:
         raise UserError(f"--revision {revision} has no meaning for {spec}.", "Leave it out.")
-    return ModelRef(spec, str(sample_model.smollm2()), None, None, spec.removeprefix("sample:"))
+    return ModelRef(spec, str(sample_directory(SAMPLES[spec])), None, None, spec.removeprefix("sample:"))
+
+
+def sample_directory(name: str) -> Path:
+    """The directory in the cache of that name, whose model is made on the first call."""
+    return tiny_model.tiny() if name == tiny_model.DIRECTORY else sample_model.smollm2()
+
+
+def is_made(spec: str) -> bool:
+    """False for a sample model that has not been made on this machine yet, which takes torch."""
+    return spec not in SAMPLES or (paths.cache_dir() / "models" / SAMPLES[spec]).is_dir()
 
 
 def _directory(spec: str, directory: Path, revision: str | None) -> ModelRef:
@@ -92,8 +104,8 @@ def _adapter(spec: str, directory: Path, name: str, revision: str | None) -> Mod
         if not (path / CONFIG).is_file():
             raise UserError(f"The adapter {spec} was trained on {base}, which is no model directory (no {CONFIG}).")
         return ModelRef(spec, str(path.absolute()), None, directory, name)
-    if path.name == sample_model.DIRECTORY:  # the cache was emptied, or the adapter comes from another machine
-        return ModelRef(spec, str(sample_model.smollm2()), None, directory, name)
+    if path.name in SAMPLES.values():  # the cache was emptied, or the adapter comes from another machine
+        return ModelRef(spec, str(sample_directory(path.name)), None, directory, name)
     if _looks_like_path(base):
         hint = "Put the base model back, or write its place into base_model_name_or_path of adapter_config.json."
         raise UserError(f"The adapter {spec} was trained on {base}, which is not there.", hint)

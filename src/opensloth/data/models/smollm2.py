@@ -29,10 +29,6 @@ def converted() -> Path:
     return (paths.cache_dir() / "models" / DIRECTORY).absolute()
 
 
-def is_converted() -> bool:
-    return converted().is_dir()
-
-
 def smollm2() -> Path:
     """The converted model's directory, made on the first call (20 to 30 s on two cores).
 
