@@ -197,9 +197,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     return write
 
 
-def run(tmp_path: Path, module: str, processes: int = 2, max_restarts: int = 0) -> Path:
+def run(tmp_path: Path, module: str, processes: int = 2, max_restarts: int = 0, timeout: int = PATIENCE) -> Path:
     world = World(("cpu",) * processes, processes=processes)
-    run_workers(world, tmp_path / "run", max_restarts=max_restarts, timeout=PATIENCE, module=module)
+    run_workers(world, tmp_path / "run", max_restarts=max_restarts, timeout=timeout, module=module)
     return tmp_path / "run"
 
 
@@ -239,6 +239,22 @@ def test_the_report_of_a_worker_is_the_error_of_the_run(tmp_path: Path, worker: 
     error = failed(tmp_path, name, errors.UserError)
     assert time.monotonic() - begin < 15  # the other process was ended, not waited for
     assert (error.message, error.hint) == ("No column answer.", "Did you mean answers?")
+
+
+def test_a_hang_is_ended_with_who_kept_whom_waiting(tmp_path: Path, worker: Callable[[str], str]) -> None:
+    name = worker(
+        "torch, dist = join()\n"
+        "def slow_reward():\n"
+        f"    {WAIT_FOREVER}\n"
+        "if rank == 1: slow_reward()\n"
+        "dist.all_reduce(torch.ones(1))\n"
+    )
+    begin = time.monotonic()
+    error = failed(tmp_path, name, errors.WorkerFailed, timeout=6)
+    assert time.monotonic() - begin < 40
+    assert error.message.startswith("The run hung. Process 1 keeps them waiting in slow_reward (")
+    assert "Process 0 waits for the others in all_reduce" in (error.hint or "")
+    assert "after step 0, since " in error.message
 
 
 def test_the_worker_at_fault_is_named_not_its_peers(tmp_path: Path, worker: Callable[[str], str]) -> None:

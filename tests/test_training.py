@@ -258,9 +258,13 @@ def test_two_processes_train_as_one_does(commands, run, place):
 
 
 def test_processes_whose_adapters_differ_end_the_run():
-    check_equal(["a", "a", "a"], step=7)
-    with pytest.raises(WorkerFailed, match="After step 7 the adapter of process 0 is not that of process 2"):
-        check_equal(["a", "a", "b"], step=7)
+    rows = [[1, 2], [3, 4], list(range(5, 50))]
+    check_equal(["a", "a", "a"], rows, sound=4, step=7)
+    with pytest.raises(WorkerFailed, match="After step 7 the adapter of process 2 is not that of the others") as error:
+        check_equal(["a", "a", "b"], rows, sound=4, step=7)
+    assert "after step 4 it was. Since then process 2 trained on rows 5, 6, " in error.value.message
+    with pytest.raises(WorkerFailed, match="of process 0 is not that of the others"):
+        check_equal(["b", "a", "a"], rows, sound=4, step=7)
 
 
 def test_a_run_of_two_processes_is_gone_on_with_by_one(commands, here, call, run, tmp_path):  # noqa: F811

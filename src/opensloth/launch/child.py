@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from opensloth.errors import STOPPED, RunStopped
-from opensloth.launch import failure, stop
+from opensloth.launch import failure, pulse, stop
 
 PARENT_POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -61,6 +62,7 @@ def main() -> None:
     os.dup2(1, 2)
     faulthandler.enable()
     die_with_launcher(int(os.environ[stop.LAUNCHER]))
+    pulse.start(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
     code = run(module, run_dir)
     if code in (0, STOPPED):
         # torch elastic would end the other processes, which may still be writing the checkpoint, after a code over 0;

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensloth.errors import OpenSlothError, RunStopped, UserError, WorkerFailed
-from opensloth.launch import elastic, failure
+from opensloth.launch import elastic, failure, pulse
 from opensloth.launch.failure import Report
 from opensloth.launch.world import World
 
@@ -50,6 +50,8 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
     where = f"Log: {path}" if path else ""
     if report.expected:
         return WorkerFailed(report.message, f"{report.hint}\n{where}".strip())
+    if path and (hang := pulse.autopsy(path.parent, world.processes, report.when)):
+        return WorkerFailed(f"The run hung. {hang[0]}", "\n".join([*hang[1:], f"Logs: {path.parent}"]))
     name = f"Process {report.rank}"
     local = report.rank - world.node_rank * len(world.devices)
     if 0 <= local < len(world.devices):

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from opensloth import log, paths
 from opensloth.data.plan.batches import Batches
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
+from opensloth.launch import pulse
 from opensloth.launch.stop import StopRequest
 from opensloth.training.loader import Steps
 
@@ -174,27 +175,61 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class SameAdapter(TrainerCallback):
-    """Every `every` steps all processes compare their adapters, which must be equal to the bit."""
+class Alive(TrainerCallback):
+    """Tells the watcher of this process that a step is complete (launch/pulse.py)."""
 
-    def __init__(self, every: int) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        pulse.mark(state.global_step)
+
+
+class SameAdapter(TrainerCallback):
+    """Every `every` steps all processes compare their adapters, which must be equal to the bit.
+
+    Args:
+        rows: the ids of the rows that this process trains on in a step (from 0).
+    """
+
+    def __init__(self, every: int, rows: Callable[[int], list[int]]) -> None:
         self.every = every
+        self.rows = rows
+        self.sound = 0  # the last step after which they were equal
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.sound = state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        if state.global_step % self.every == 0:
-            hashes = [""] * dist.get_world_size()
-            dist.all_gather_object(hashes, weights_hash(model))
-            check_equal(hashes, state.global_step)
+        step = state.global_step
+        if step % self.every:
+            return
+        hashes = [""] * dist.get_world_size()
+        dist.all_gather_object(hashes, weights_hash(model))
+        if len(set(hashes)) > 1:
+            rows = [[0]] * dist.get_world_size()
+            dist.all_gather_object(rows, sorted({row for one in range(self.sound, step) for row in self.rows(one)}))
+            check_equal(hashes, rows, self.sound, step)
+        self.sound = step
 
 
-def check_equal(hashes: list[str], step: int) -> None:
-    """Raise WorkerFailed, naming the processes, where their weights differ after `step`."""
-    strays = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+def check_equal(hashes: list[str], rows: list[list[int]], sound: int, step: int) -> None:
+    """Raise WorkerFailed, naming the processes and their rows, where weights differ after `step`.
+
+    Args:
+        rows: of each process, what it trained on since `sound`, the last step after which all were equal.
+    """
+    common = max(hashes, key=hashes.count)  # of two that differ nobody knows which is right
+    strays = [rank for rank, found in enumerate(hashes) if found != common]
     if strays:
+        named = "; ".join(f"process {rank} trained on rows {some(rows[rank])}" for rank in strays)
         raise WorkerFailed(
-            f"After step {step} the adapter of process 0 is not that of process {', '.join(strays)}.",
-            "A card or a connection is faulty. Checkpoints up to the comparison before (--check-every) are sound.",
+            f"After step {step} the adapter of process {', '.join(map(str, strays))} is not that of the others; "
+            f"after step {sound} it was. Since then {named}.",
+            "A card or a connection is faulty, or those rows make it compute otherwise. "
+            f"Checkpoints up to step {sound} are sound.",
         )
+
+
+def some(row_ids: list[int], shown: int = 20) -> str:
+    return ", ".join(map(str, row_ids[:shown])) + (", ..." if len(row_ids) > shown else "")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -106,6 +106,9 @@ def trainer_class() -> type[Any]:
             self.check_finite(logs)
             Trainer.log(self, logs, start_time)
 
+        def rows_of(self, step: int) -> list[int]:
+            return [row for rows in self.run.steps.rows(step) for row in self.run.steps.row_ids(rows)]
+
         def describe_fault(self, micro_batch: tuple[int, int], loss: float) -> Fault:
             number, place = micro_batch
             return Fault(number + 1, loss, self.run.steps.row_ids(self.run.steps.rows(number)[place]))

@@ -13,6 +13,7 @@ from opensloth import paths
 from opensloth.engine.lora import name_base, trainable
 from opensloth.errors import WorkerFailed
 from opensloth.training import checkpoint
+from opensloth.training.callbacks import some
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class KeepsRun:
     model: Any
     accelerator: Any
     writing = False  # whether checkpoints go to the staging folder at the moment
+
+    def rows_of(self, step: int) -> list[int]:
+        """The ids of the rows that this process trains on in a step (from 0)."""
+        raise NotImplementedError
 
     def describe_fault(self, micro_batch: Any, loss: float) -> Fault:
         """What a person needs to find a micro-batch of `since_log` by."""
@@ -166,7 +171,3 @@ def first_fault(losses: Sequence[torch.Tensor], describe: Callable[[int, float],
 
 def finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def some(row_ids: list[int], shown: int = 20) -> str:
-    return ", ".join(map(str, row_ids[:shown])) + (", ..." if len(row_ids) > shown else "")
