@@ -102,14 +102,21 @@ class MemoryPlan:
 
 
 def plan(
-    config: PretrainedConfig, options: TrainOptions, device: torch.device, longest: int, dtype: torch.dtype
+    config: PretrainedConfig,
+    options: TrainOptions,
+    device: torch.device,
+    longest: int,
+    dtype: torch.dtype,
+    kept: int = 0,
 ) -> MemoryPlan:
     """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
 
     Args:
         longest: the longest row; a pack must hold it whole.
+        kept: bytes that something else will take and keep (the buffers of rollouts).
     """
     free = free_bytes(device)
+    free = None if free is None else max(free - kept, 0)
     asked = options.gradient_checkpointing
     wanted = max(longest, ENOUGH_TOKENS)
     if not isinstance(options.pack_tokens, str):

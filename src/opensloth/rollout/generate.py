@@ -92,8 +92,8 @@ def writer_for(policy: torch.nn.Module) -> Write:
     return decode if serves(policy) else by_transformers
 
 
-def at_once(config: Any, device: torch.device, length: int) -> int:
-    """Completions that are made at once. On a card as many as half of its free memory holds, up to MOST.
+def at_once(config: Any, device: torch.device, length: int, share: float = 0.5) -> int:
+    """Completions that are made at once. On a card as many as `share` of its free memory holds, up to MOST.
 
     A decoding step takes nearly the same time for ten rows and for a thousand there.
 
@@ -102,15 +102,19 @@ def at_once(config: Any, device: torch.device, length: int) -> int:
     """
     if device.type != "cuda":
         return ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(max(int((free + reusable) * share / bytes_of_row(config, length)), 1), MOST)
+
+
+def bytes_of_row(config: Any, length: int) -> int:
+    """What decoding one completion takes: keys and values in 16 bits (twice, while a batch shrinks), and a choice."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head * 4  # keys and values in 16 bits, twice while a batch shrinks
+    cache = 2 * text.num_hidden_layers * heads * head * 2 * 2
     choosing = text.vocab_size * 40  # logits in 16, 32 and 64 bits, their probabilities and sums
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    rows = int((free + reusable) / 2 / (cache * length + choosing))
-    return min(max(rows, 1), MOST)
+    return int(cache * length + choosing)
 
 
 def by_transformers(

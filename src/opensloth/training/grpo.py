@@ -37,7 +37,7 @@ class Run:
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         stops: ids that end a completion.
         held_out: this process's share of the held-out prompts.
-        write: what completes a batch, where it is not `--rollout generate`.
+        write: what completes a batch, where it is not `--rollout generate`; `at_once` completions, where that is fixed.
         columns: the names of the data's other columns, which the rewards are given.
     """
 
@@ -56,6 +56,7 @@ class Run:
     seed: int
     held_out: list[PromptRow]
     write: Write | None
+    at_once: int | None
     columns: set[str]
 
 
@@ -152,6 +153,7 @@ def trainer_class() -> type[Any]:
                     sampling=sampling,
                     noise=noise,
                     write=run.write,
+                    batch=run.at_once,
                 )
 
         def _calculate_rewards(self, *arguments: Any) -> Any:

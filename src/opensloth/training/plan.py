@@ -12,9 +12,12 @@ from opensloth.engine import Engine, memory
 from opensloth.engine.memory import MemoryPlan
 
 
-def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int) -> MemoryPlan:
-    """The same plan on every process: the one that needs the least memory of those that they chose."""
-    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype)
+def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int, kept: int = 0) -> MemoryPlan:
+    """The same plan on every process: the one that needs the least memory of those that they chose.
+
+    `longest` and `kept` as memory.plan has them.
+    """
+    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept)
     if not dist.is_initialized():
         return mine
     plans: list[MemoryPlan] = [mine] * dist.get_world_size()

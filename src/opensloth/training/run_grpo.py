@@ -20,6 +20,7 @@ from opensloth.errors import UserError
 from opensloth.rewards.choose import chosen
 from opensloth.rewards.gold import FAILURES
 from opensloth.rollout.decode import serves
+from opensloth.rollout.generate import at_once, bytes_of_row
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.recorded import recorded
 from opensloth.rollout.sampling import Sampling
@@ -27,8 +28,11 @@ from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
 from opensloth.training.prompts import Prompts
+from opensloth.training.rehearsal import grpo_attempt, rehearse
 from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
+
+KEPT = 0.2  # of a card's free memory, for the buffers of rollouts
 
 
 def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place: Place) -> None:
@@ -46,11 +50,17 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     longest = int(prepared.lengths.max()) + job.max_new
     packing = bool(prepared.manifest.options["packing"])
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
-    memory = plan.choose(engine, job, place.device, longest=longest)
+    decoder = writer(job, engine, place)
+    rows, kept = room_for_rollouts(job, engine, place, longest) if decoder else (None, 0)
+    memory = plan.choose(engine, job, place.device, longest=longest, kept=kept)
     if place.leads:
         for line in [*engine.notes, *plan.describe_batches(laid_out, job, memory, place.processes)]:
             log.say(line)
-    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, memory.pack_tokens, place)
+    pack_tokens = memory.pack_tokens
+    if engine.packs and job.batch_size is None:
+        attempt = grpo_attempt(engine, policy.packed, longest - job.max_new, job.max_new, place.device)
+        pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
+    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, rows)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
@@ -82,6 +92,8 @@ def describe_run(
     laid_out: Batches,
     pack_tokens: int,
     place: Place,
+    decoder: GraphDecoder | None,
+    rows_at_once: int | None,
 ) -> grpo.Run:
     rows = np.flatnonzero(prepared.is_eval)[place.rank :: place.processes]
     return grpo.Run(
@@ -98,7 +110,8 @@ def describe_run(
         stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
-        write=recorded(run_dir, place.rank, writer(job, engine, place)),
+        write=recorded(run_dir, place.rank, decoder),
+        at_once=rows_at_once,
         held_out=[prepared.rows.prompt(int(row)) for row in rows],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
@@ -114,6 +127,16 @@ def writer(job: GrpoJob, engine: Engine, place: Place) -> GraphDecoder | None:
         )
     wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
     return GraphDecoder() if able and wanted else None
+
+
+def room_for_rollouts(job: GrpoJob, engine: Engine, place: Place, longest: int) -> tuple[int | None, int]:
+    """Completions that are made at once in buffers that stay, and the bytes of those; training gets the rest."""
+    if place.device.type != "cuda":
+        return None, 0
+    config: Any = engine.model.config
+    completions = job.prompts_per_step * job.group_size // place.processes
+    rows = min(completions, at_once(config, place.device, longest, share=KEPT))
+    return rows, rows * bytes_of_row(config, longest)
 
 
 def build_trainer(

@@ -15,6 +15,7 @@ from opensloth.engine import Engine, load
 from opensloth.training import plan, sft
 from opensloth.training.callbacks import StepsMetrics
 from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training.rehearsal import rehearse, sft_attempt
 from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
 from opensloth.training.trainer import RunFiles
 from opensloth.training.trl_args import Frame, sft_args
@@ -37,15 +38,25 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
     files = run_files(run_dir, job, ref, prepared, engine)
-    run = describe_run(files, prepared, engine, laid_out, memory.pack_tokens, place)
+    batcher = Batcher(prepared, engine.packs, engine.pad_id)
+    pack_tokens = memory.pack_tokens
+    if engine.packs and job.batch_size is None:
+        attempt = sft_attempt(prepared, batcher, engine, place.device)
+        pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
+    run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: sft.figures(trainer, run, seconds))
 
 
 def describe_run(
-    files: RunFiles, prepared: Prepared, engine: Engine, laid_out: Schedule, pack_tokens: int, place: Place
+    files: RunFiles,
+    prepared: Prepared,
+    engine: Engine,
+    batcher: Batcher,
+    laid_out: Schedule,
+    pack_tokens: int,
+    place: Place,
 ) -> sft.Run:
-    batcher = Batcher(prepared, engine.packs, engine.pad_id)
     return sft.Run(
         files=files,
         steps=Steps(laid_out, batcher, pack_tokens, place.rank, place.processes),

@@ -1,0 +1,106 @@
+"""Before the first step: does the largest micro-batch fit into the card's memory? If not, half of it, on all processes.
+
+The plan of engine/memory.py goes by rule; kernels, other programs on the card and unusual models may need more. What a
+step trains on does not depend on the size of its packs, so a smaller one costs time and changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from opensloth import log
+from opensloth.data.prepared.directory import Prepared
+from opensloth.engine import Engine
+from opensloth.engine.memory import MemoryPlan
+from opensloth.engine.policy import TokenScores
+from opensloth.errors import WorkerFailed
+from opensloth.training.loader import Batcher
+from opensloth.training.trl_args import CHECKPOINTING
+
+Attempt = Callable[[int], torch.Tensor]
+"""The loss of a micro-batch of at most so many tokens, the largest there can be, ready for its backward pass."""
+
+
+def rehearse(engine: Engine, plan: MemoryPlan, longest: int, device: torch.device, attempt: Attempt) -> int:
+    """Tokens of a pack that fit: those of the plan, or half of them as often as needed. Only cards run out so.
+
+    Args:
+        longest: tokens of the longest row, which must fit in any case.
+    Raises:
+        WorkerFailed: not even the longest row fits.
+    """
+    if device.type != "cuda":
+        return plan.pack_tokens
+    model: Any = engine.model
+    if plan.checkpointing != "none":  # the trainer does so too, later
+        model.gradient_checkpointing_enable(CHECKPOINTING[plan.checkpointing])
+    model.train()
+
+    def fits(tokens: int) -> bool:
+        try:
+            with torch.autocast(device.type, engine.dtype, enabled=engine.autocast):
+                loss = attempt(tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    tokens = largest_that_fits(plan.pack_tokens, longest, fits)
+    torch.cuda.empty_cache()
+    if tokens < plan.pack_tokens and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.say(f"packs of {plan.pack_tokens:,} tokens do not fit into memory: {tokens:,} instead")
+    return tokens
+
+
+def largest_that_fits(tokens: int, smallest: int, fits: Callable[[int], bool]) -> int:
+    """`tokens`, its half, its quarter ... until it fits on all processes. Raises WorkerFailed below `smallest`."""
+    while not everywhere(fits(tokens)):
+        if tokens <= smallest:
+            raise WorkerFailed(
+                f"Out of GPU memory: not even one row of {smallest:,} tokens fits.",
+                "Try a smaller --max-seq-length or --max-new, --gradient-checkpointing full, or --load-in-4bit.",
+            )
+        tokens = max(tokens // 2, smallest)
+    return tokens
+
+
+def everywhere(fits: bool) -> bool:
+    if not dist.is_initialized():
+        return fits
+    answers = [fits] * dist.get_world_size()
+    dist.all_gather_object(answers, fits)
+    return all(answers)
+
+
+def sft_attempt(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:
+    """A pack of the rows with the most trained tokens: they make the most logits."""
+    order = np.argsort(-prepared.trained, kind="stable")
+
+    def attempt(tokens: int) -> torch.Tensor:
+        rows, room = [], tokens
+        for row in order.tolist():
+            if prepared.lengths[row] <= room:
+                rows.append(row)
+                room -= int(prepared.lengths[row])
+        batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batcher(rows).items()}
+        return engine.loss(engine.model, batch)
+
+    return attempt
+
+
+def grpo_attempt(
+    engine: Engine, scores: Callable[..., TokenScores], prompt: int, max_new: int, device: torch.device
+) -> Attempt:
+    """As many completions of `max_new` tokens as fit behind the longest prompt."""
+
+    def attempt(tokens: int) -> torch.Tensor:
+        count = max((tokens - prompt) // max_new, 1)
+        ids = torch.full((count, prompt + max_new), engine.pad_id, device=device)
+        return scores(engine.model, ids, torch.ones_like(ids), max_new, 1.0).logps.sum()
+
+    return attempt
