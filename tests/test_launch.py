@@ -241,6 +241,21 @@ def test_the_report_of_a_worker_is_the_error_of_the_run(tmp_path: Path, worker: 
     assert (error.message, error.hint) == ("No column answer.", "Did you mean answers?")
 
 
+def test_a_card_that_ran_out_of_memory_is_tried_with_half_the_pack(
+    tmp_path: Path, worker: Callable[[str], str]
+) -> None:
+    name = worker(
+        "import torch\n"
+        "halvings = int(os.environ['OPENSLOTH_PACK_HALVINGS'])\n"
+        "if halvings < 2: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')\n"
+        "(Path(sys.argv[1]) / 'done').write_text(str(halvings))\n"
+    )
+    assert (run(tmp_path, name, processes=1, max_restarts=2) / "done").read_text() == "2"
+    error = failed(tmp_path / "again", name, errors.WorkerFailed, processes=1, max_restarts=1)
+    assert error.message.startswith("Out of GPU memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert "--pack-tokens" in (error.hint or "")
+
+
 def test_a_hang_is_ended_with_who_kept_whom_waiting(tmp_path: Path, worker: Callable[[str], str]) -> None:
     name = worker(
         "torch, dist = join()\n"

@@ -42,6 +42,7 @@ class Report:
     traceback: str
     when: float
     lost_peer: bool = False  # the error says no more than that another process is gone
+    out_of_memory: bool = False  # of a card: smaller packs may fit
 
     @property
     def stopped(self) -> bool:
@@ -67,10 +68,8 @@ def describe(error: BaseException) -> Report:
     if name == "OutOfMemoryError":
         smaller = "a smaller --pack-tokens, --max-seq-length or --max-new"
         hint = f"Try {smaller}, --gradient-checkpointing full, or --load-in-4bit."
-        failed = WorkerFailed.__name__
-        return Report(
-            rank, failed, f"Out of GPU memory: {first_line}", hint, WorkerFailed.exit_code, trace, time.time()
-        )
+        message, code = f"Out of GPU memory: {first_line}", WorkerFailed.exit_code
+        return Report(rank, WorkerFailed.__name__, message, hint, code, trace, time.time(), out_of_memory=True)
     message = f"{name}: {first_line}" if first_line else name
     return Report(rank, name, message, "", BUG, trace, time.time(), lost)
 

@@ -26,23 +26,28 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 WORKER = "opensloth.training.worker"
+HALVINGS = "OPENSLOTH_PACK_HALVINGS"  # in the workers' environment: how often packs were too large for a card
 
 
 def run_workers(world: World, run_dir: Path, *, max_restarts: int, timeout: int, module: str = WORKER) -> None:
     """Run `python -m MODULE RUN_DIR` on each device of `world` and wait. `timeout` (seconds) is theirs for collectives.
 
     Raises what the failed worker reported: UserError, WorkerFailed, or RunStopped after a signal. Failures that may
-    not come again (killed, crashed, an unexpected error) are tried anew up to `max_restarts` times.
+    not come again (killed, crashed, an unexpected error) are tried anew up to `max_restarts` times, and with half the
+    pack where a card ran out of memory.
     """
     if under_torchrun():
         run_in_process(world, run_dir.absolute(), timeout, module)
         return
+    halvings = 0
     for attempt in range(max_restarts + 1):
+        os.environ[HALVINGS] = str(halvings)
         cause = _attempt(world, run_dir, timeout, module, attempt)
         if cause is None:
             return
-        if cause.expected or attempt == max_restarts:
+        if attempt == max_restarts or (cause.expected and not cause.out_of_memory):
             raise outcome.as_error(cause, world, run_dir)
+        halvings += cause.out_of_memory
         log.warn(f"{outcome.as_error(cause, world, run_dir).message} Restart {attempt + 1} of {max_restarts}.")
 
 

@@ -1,6 +1,8 @@
 """The arithmetic of a run, made once and printed once: steps, packs, processes, memory."""
 
+import os
 import statistics
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,14 +12,17 @@ from opensloth.data.plan.batches import Batches
 from opensloth.data.plan.schedule import Schedule
 from opensloth.engine import Engine, memory
 from opensloth.engine.memory import MemoryPlan
+from opensloth.launch.launcher import HALVINGS
 
 
 def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int, kept: int = 0) -> MemoryPlan:
     """The same plan on every process: the one that needs the least memory of those that they chose.
 
-    `longest` and `kept` as memory.plan has them.
+    `longest` and `kept` as memory.plan has them. Each time that a card ran out of memory halves the packs.
     """
     mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept)
+    halvings = int(os.environ.get(HALVINGS, "0"))
+    mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
     if not dist.is_initialized():
         return mine
     plans: list[MemoryPlan] = [mine] * dist.get_world_size()
