@@ -5,7 +5,7 @@ from pathlib import Path
 from opensloth.config.base import Settings, option
 from opensloth.config.data import DataOptions
 from opensloth.config.jobs import PromptOptions
-from opensloth.config.run import DTYPES, GrpoOptions, ModelOptions, SftOptions
+from opensloth.config.run import DTYPES, OPTIMIZERS, GrpoOptions, ModelOptions, SftOptions
 
 
 class VerifyOptions(Settings):
@@ -22,7 +22,9 @@ class VerifyOptions(Settings):
     samples: int | None = option(64, "Use only the first N rows.", short="n", ge=1)
     eval_fraction: float = option(0.1, "The share of rows held out for the eval loss.", ge=0, lt=1)
     dtype: str = option("float32", "The type of the computation.", choices=DTYPES)
-    lr: float = option(1e-3, "The peak learning rate.", gt=0)
+    # AdamW takes whole steps of gradients that are almost 0, whatever their sign, and hides a wrong scale
+    optim: str = option("sgd", "The optimizer; after sgd the adapter is the sum of the gradients.", choices=OPTIMIZERS)
+    lr: float = option(0.1, "The peak learning rate.", gt=0)
 
 
 class VerifySftJob(VerifyOptions, SftOptions, ModelOptions, DataOptions):

@@ -11,7 +11,7 @@ from opensloth.config.run import GrpoOptions, TrainOptions
 from opensloth.engine import Engine
 from opensloth.errors import UserError
 
-OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "sgd": "sgd"}
 SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' own "constant" passes over the warm-up
 # "selective" recomputes every second layer; reentrant checkpointing does not work with DDP on adapters
 CHECKPOINTING = {
