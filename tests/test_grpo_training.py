@@ -33,10 +33,13 @@ from opensloth.config.run import LOSSES
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
 from opensloth.rewards import choose
+from opensloth.rewards.gold import FAILURES
 from opensloth.rollout.generate import generate
 from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.training import grpo
 from opensloth.training.advice import PATIENCE, Advice
 from opensloth.training.callbacks import Metrics
+from opensloth.training.run_grpo import held_out_prompts
 from tiny import save_tiny_model
 from training_fixtures import end
 
@@ -408,6 +411,30 @@ def test_rows_whose_own_answer_is_misjudged_are_not_trained_on(here):
         row_id for path in files for row_id in rollouts(here / "without", path.stem.removeprefix("step_"))["row_id"]
     ]
     assert {row_id: asked.count(row_id) for row_id in asked} == dict.fromkeys((0, 1, 3, 4, 6, 7), 4)
+
+
+def test_misjudged_rows_are_no_measure_either(here, tmp_path):
+    prepared = open_prepared(here / "held")
+    first, *others = held_out_prompts(tmp_path, prepared)
+    (tmp_path / FAILURES).write_text(json.dumps({"row_id": first.row_id}) + "\n")
+    assert held_out_prompts(tmp_path, prepared) == others
+
+
+def test_a_fault_is_told_with_the_rows_of_its_own_step():
+    """Losses are looked at when they are logged, which may be some steps later."""
+    prompts = [{"prompts": [SimpleNamespace(row_id=row) for row in rows]} for rows in ([7, 7, 3, 3], [5, 5, 9, 9])]
+    trainer = SimpleNamespace(run=SimpleNamespace(prompts=prompts), state=SimpleNamespace(global_step=2))
+    fault = grpo.trainer_class().describe_fault(trainer, (0, [1, 2]), math.inf)
+    assert (fault.step, fault.row_ids) == (1, [3, 7])
+
+
+def test_a_reward_gets_no_more_held_out_completions_than_in_training(here):
+    (here / "few.py").write_text(
+        "def few(completions, **_):\n    return [float(len(completions))] * len(completions)\n"
+    )
+    job = ("held", *TINY, "--prompts-per-step", 1, "--max-steps", 1, "--rewards", "few.py:few")
+    train(*job, "--output", "few")
+    assert metrics(here / "few", "eval_reward")[0]["eval_reward"] == pytest.approx(2)  # 6 problems, 2 a call
 
 
 def test_rows_may_have_different_columns(here):

@@ -47,6 +47,14 @@ def test_smaller_and_larger_batches_follow_in_the_same_buffers() -> None:
         assert [one.ids for one in plain] == [one.ids for one in fixed]
 
 
+def test_a_batch_of_shorter_completions_follows_in_the_same_buffers() -> None:
+    model, decoder = policy(), GraphDecoder()
+    for longest in (40, 9):
+        asked = settings(5, max_new=longest)
+        plain, fixed = generate(model, PROMPTS, **asked), generate(model, PROMPTS, write=decoder, **asked)
+        assert [one.ids for one in plain] == [one.ids for one in fixed]
+
+
 def test_greedy_and_cut_completions_are_the_same_too() -> None:
     model = policy()
     asked = settings(5, sampling=Sampling(temperature=0), noise=None, stops=[3], max_new=7)

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import lora
 from opensloth.rollout.generate import Rollout, generate
 from opensloth.rollout.sampling import Noise, Sampling
@@ -64,7 +65,7 @@ def complete(
         seed: of what is sampled.
         done: called with the number of finished conversations.
     """
-    stops = [token for token in map(tokenizer.convert_tokens_to_ids, contract.stop) if isinstance(token, int)]
+    stops = stop_ids(tokenizer, contract)
     written = generate(
         model,
         [contract.prompt_ids(tokenizer, messages) for messages in conversations],

@@ -130,7 +130,7 @@ class GraphDecoder:
             state.slot.fill_(longest)
             state.at.zero_()
             if uniforms is not None:
-                state.uniforms[: len(prompts)] = uniforms
+                state.uniforms[: len(prompts), :max_new] = uniforms
             state.write(logits[source], *how)
             for at in range(1, max_new):
                 if at % CHECK_EVERY == 0 and not bool(state.open.any()):

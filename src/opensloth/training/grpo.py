@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.tokens.prompts import PromptRow
+from opensloth.engine import attention
 from opensloth.engine.policy import TokenScores
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
@@ -102,7 +103,7 @@ def trainer_class() -> type[Any]:
                 with sync, gathers_unequal(self.accelerator, len(self.batch["completion_mask"])):
                     loss = self._compute_loss(model, part) * weight
                     self.accelerator.backward(loss)
-                self.since_log.append((rows, loss.detach()))
+                self.since_log.append(((self.state.global_step, rows), loss.detach()))
                 total += loss.detach()
                 if fresh and weight and self.policy_logps is not None:
                     gaps.add(self.policy_logps, part)
@@ -168,7 +169,8 @@ def trainer_class() -> type[Any]:
             return cut(
                 prompts.sum(1).cpu().numpy(),
                 completions.sum(1).cpu().numpy(),
-                group=self.num_generations,
+                # where prompts cannot be shared, each completion brings its own
+                group=self.num_generations if attention.shares(self.args.device) else 1,
                 pack_tokens=run.pack_tokens,
                 batch_size=run.batch_size,
                 packs=run.packs,
@@ -229,9 +231,9 @@ def trainer_class() -> type[Any]:
         def rows_of(self, step: int) -> list[int]:
             return [prompt.row_id for prompt in self.run.prompts[step]["prompts"]]
 
-        def describe_fault(self, micro_batch: list[int], loss: float) -> Fault:
-            assert self.asked is not None
-            rows = sorted({self.asked["prompts"][place].row_id for place in micro_batch})
-            return Fault(self.state.global_step, loss, rows)
+        def describe_fault(self, micro_batch: tuple[int, list[int]], loss: float) -> Fault:
+            step, places = micro_batch
+            prompts = self.run.prompts[step]["prompts"]
+            return Fault(step + 1, loss, sorted({prompts[place].row_id for place in places}))
 
     return GroupTrainer

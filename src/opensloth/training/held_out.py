@@ -61,9 +61,15 @@ class HeldOut:
         self, prompts: Sequence[PromptRow], rollouts: Sequence[Rollout], answers: Sequence[Judged]
     ) -> list[float]:
         """The weighted sum of each answer's rewards; a reward that cannot judge adds nothing."""
+        size = self.args.per_device_train_batch_size  # as many at once as in training: a call's time is limited
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        return [total for at in parts for total in self.rewards_of_some(prompts[at], rollouts[at], answers[at])]
+
+    def rewards_of_some(
+        self, prompts: Sequence[PromptRow], rollouts: Sequence[Rollout], answers: Sequence[Judged]
+    ) -> list[float]:
+        """Those of one call of each reward."""
         totals = [0.0] * len(prompts)
-        if not prompts:
-            return totals
         rows = self.as_rows(prompts)
         given: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         given["prompts"] = given.pop("prompt")

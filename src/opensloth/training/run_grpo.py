@@ -14,6 +14,7 @@ from opensloth.config.jobs import GrpoJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
+from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import Engine, load, native, policy
 from opensloth.errors import UserError
@@ -83,6 +84,13 @@ def left_out(run_dir: Path) -> set[int]:
     return {int(json.loads(line)["row_id"]) for line in lines}
 
 
+def held_out_prompts(run_dir: Path, prepared: Prepared) -> list[PromptRow]:
+    """What the run is measured on: no answer to a misjudged row could be right."""
+    held = [prepared.rows.prompt(int(row)) for row in np.flatnonzero(prepared.is_eval)]
+    misjudged = left_out(run_dir)
+    return [prompt for prompt in held if prompt.row_id not in misjudged]
+
+
 def describe_run(
     run_dir: Path,
     job: GrpoJob,
@@ -95,7 +103,6 @@ def describe_run(
     decoder: GraphDecoder | None,
     rows_at_once: int | None,
 ) -> grpo.Run:
-    rows = np.flatnonzero(prepared.is_eval)[place.rank :: place.processes]
     return grpo.Run(
         files=run_files(run_dir, job, ref, prepared, engine),
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
@@ -112,17 +119,19 @@ def describe_run(
         seed=seed_of(job, prepared),
         write=recorded(run_dir, place.rank, decoder),
         at_once=rows_at_once,
-        held_out=[prepared.rows.prompt(int(row)) for row in rows],
+        held_out=held_out_prompts(run_dir, prepared)[place.rank :: place.processes],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
 
 
 def writer(job: GrpoJob, engine: Engine, place: Place) -> GraphDecoder | None:
     """What completes prompts. Raises UserError where `--rollout graph` was asked for and cannot serve the model."""
-    able = engine.name == "native" and serves(engine.model)
+    # LLM.int8 looks for outliers on the host at every layer, and what waits for the card cannot be recorded
+    recordable = place.device.type != "cuda" or not job.load_in_8bit
+    able = engine.name == "native" and recordable and serves(engine.model)
     if job.rollout == "graph" and not able:
         raise UserError(
-            "--rollout graph serves models of transformers with plain attention, on engine native.",
+            "--rollout graph serves models of transformers with plain attention, on engine native, but not in 8-bit.",
             "Use --rollout generate (or auto) with this one.",
         )
     wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
@@ -144,7 +153,7 @@ def build_trainer(
 ) -> Any:
     from trl import GRPOConfig
 
-    evaluates = bool(prepared.is_eval.any())
+    evaluates = bool(held_out_prompts(run.files.directory, prepared))
     frame = Frame(
         run_dir=run.files.directory,
         steps=run.prompts.plan.steps,
