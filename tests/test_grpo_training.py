@@ -428,6 +428,23 @@ def test_a_fault_is_told_with_the_rows_of_its_own_step():
     assert (fault.step, fault.row_ids) == (1, [3, 7])
 
 
+def test_a_model_whose_logits_are_no_numbers_ends_the_run(here, tmp_path):
+    save_tiny_model(tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    out = train("data", "--model", tmp_path / "broken", *TINY, "--output", tmp_path / "run", expect=3)
+    assert "After step 0: the model's logits are not finite" in out
+
+
+def test_recorded_steps_train_as_generate_does(here):
+    job = (*OWN, "--max-steps", 2)
+    train(*job, "--rollout", "graph", "--output", "recorded")
+    train(*job, "--rollout", "generate", "--output", "plain")
+    assert rollouts(here / "recorded", 1)["completion"] == rollouts(here / "plain", 1)["completion"]
+    assert all(entry["logp_gap/max"] < 1e-4 for entry in metrics(here / "recorded"))  # also of a trained adapter
+
+
 def test_a_reward_gets_no_more_held_out_completions_than_in_training(here):
     (here / "few.py").write_text(
         "def few(completions, **_):\n    return [float(len(completions))] * len(completions)\n"

@@ -18,6 +18,7 @@ from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.engine import attention
 from opensloth.engine.policy import TokenScores
+from opensloth.errors import WorkerFailed
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.held_out import HeldOut, gathered
@@ -144,18 +145,24 @@ def trainer_class() -> type[Any]:
 
         def complete(self, prompts: list[list[int]], sampling: Sampling, noise: Noise | None) -> list[Rollout]:
             run = self.run
-            with self.compute_loss_context_manager():
-                return generate(
-                    self.model,
-                    prompts,
-                    stops=run.stops,
-                    pad=run.pad,
-                    max_new=run.max_new,
-                    sampling=sampling,
-                    noise=noise,
-                    write=run.write,
-                    batch=run.at_once,
-                )
+            try:
+                with self.compute_loss_context_manager():
+                    return generate(
+                        self.model,
+                        prompts,
+                        stops=run.stops,
+                        pad=run.pad,
+                        max_new=run.max_new,
+                        sampling=sampling,
+                        noise=noise,
+                        write=run.write,
+                        batch=run.at_once,
+                    )
+            except FloatingPointError as error:
+                raise WorkerFailed(
+                    f"After step {self.state.global_step}: {error}.",
+                    "Lower --lr, or start from another model. The last checkpoint is kept.",
+                ) from error
 
         def _calculate_rewards(self, *arguments: Any) -> Any:
             begin = time.monotonic()
