@@ -10,6 +10,7 @@ from opensloth.cli import grpo
 from opensloth.cli.options import COMMON, OWN_PANEL, by_panel, metavar, spellings, value_kinds
 from opensloth.config.base import Declared, Settings
 from opensloth.config.jobs import DataJob, EvalJob, GrpoJob, SftJob, TrainGrpoJob, TrainSftJob
+from opensloth.config.verify import VerifyGrpoJob, VerifySftJob
 
 FILE = Path("docs/options.md")
 SHOWN = {"os-grpo DIR": (grpo.SHOWS,)}
@@ -19,6 +20,8 @@ COMMANDS: dict[str, type[Settings]] = {
     "os-grpo DIR": GrpoJob,
     "os-train sft INPUT": TrainSftJob,
     "os-train grpo INPUT": TrainGrpoJob,
+    "os-train verify sft [INPUT]": VerifySftJob,
+    "os-train verify grpo [INPUT]": VerifyGrpoJob,
     "os-eval INPUT": EvalJob,
 }
 HEAD = """# Options

@@ -122,8 +122,8 @@ def with_rewards(resolved: Resolved[VerifyGrpoJob]) -> Resolved[VerifyGrpoJob]:
 def training_job(resolved: Resolved[Any], kind: type[Job], prepared: "Prepared", output: Path) -> Resolved[Job]:
     """The training's part of the job. The processes' weights are compared at the end, so that both runs get there."""
     shared: dict[str, Any] = part(resolved.job, kind)
-    fixed = {"data": prepared.directory, "revision": prepared.manifest.model_revision, "output": output}
-    fixed |= {"gpus": "auto", "processes": None, "check_every": 0, "report_to": "none"}
+    fixed: dict[str, Any] = {"data": prepared.directory, "revision": prepared.manifest.model_revision, "output": output}
+    fixed |= {"gpus": "auto", "processes": None, "check_every": 0}
     job = kind.model_validate(shared | fixed)
     return Resolved(job, {name: resolved.origins.get(name, "verify") for name in kind.model_fields})
 

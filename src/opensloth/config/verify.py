@@ -25,6 +25,7 @@ class VerifyOptions(Settings):
     # AdamW takes whole steps of gradients that are almost 0, whatever their sign, and hides a wrong scale
     optim: str = option("sgd", "The optimizer; after sgd the adapter is the sum of the gradients.", choices=OPTIMIZERS)
     lr: float = option(0.1, "The peak learning rate.", gt=0)
+    report_to: tuple[str, ...] = option(("none",), "Where metrics go: tensorboard, wandb, none.")
 
 
 class VerifySftJob(VerifyOptions, SftOptions, ModelOptions, DataOptions):
