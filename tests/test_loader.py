@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensloth.config.jobs import DataJob
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import SftOptions
 from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
 from opensloth.engine import attention
@@ -46,7 +46,7 @@ def model():
 
 
 def steps_of(prepared, packing=True, rank=0, processes=1, pack_tokens=160):
-    plan = schedule(prepared, TrainOptions(tokens_per_step=400), seed=1, processes=processes, packing=packing)
+    plan = schedule(prepared, SftOptions(tokens_per_step=400), seed=1, processes=processes, packing=packing)
     return Steps(plan, Batcher(prepared, packing, pad_id=0), pack_tokens, rank, processes)
 
 

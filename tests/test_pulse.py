@@ -45,10 +45,13 @@ def test_a_run_that_did_not_stand_still_needs_no_autopsy(tmp_path):
 
 def test_the_main_thread_is_noted_with_its_step(tmp_path):
     pulse.mark(5)
-    pulse.start(tmp_path, 3, 1)
+    watch = pulse.Watch(tmp_path, 3, 1)
+    watch.start()
     give_up, found = time.monotonic() + 20, {"where": ""}
     while "test_the_main_thread_is_noted" not in found["where"]:
         assert time.monotonic() < give_up
         if pulse.path(tmp_path, 3).exists():
             found = json.loads(pulse.path(tmp_path, 3).read_text())
+    watch.finish()
+    assert not pulse.path(tmp_path, 3).exists()
     assert (found["rank"], found["step"], found["collective"]) == (3, 5, None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensloth.config.run import TrainOptions
+from opensloth.config.run import SftOptions
 from opensloth.data.plan.schedule import padded_batches, schedule
 from opensloth.errors import UserError
 
@@ -30,7 +30,7 @@ def data(rows=ROWS, held_out=(), packing=True):
 
 def lay_out(prepared=None, processes=1, seed=SEED, packing=None, **options):
     options = {"tokens_per_step": "auto" if "batch_size" in options else 100, **options}
-    return schedule(prepared or data(), TrainOptions(**options), seed=seed, processes=processes, packing=packing)
+    return schedule(prepared or data(), SftOptions(**options), seed=seed, processes=processes, packing=packing)
 
 
 def rows_of(plan):

@@ -62,9 +62,11 @@ def main() -> None:
     os.dup2(1, 2)
     faulthandler.enable()
     die_with_launcher(int(os.environ[stop.LAUNCHER]))
-    pulse.start(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
+    watch = pulse.Watch(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
+    watch.start()
     code = run(module, run_dir)
     if code in (0, STOPPED):
+        watch.finish()
         # torch elastic would end the other processes, which may still be writing the checkpoint, after a code over 0;
         # the report tells the launcher that this was a stop.
         sys.exit(0)

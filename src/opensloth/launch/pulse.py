@@ -48,30 +48,36 @@ def mark(step: int) -> None:
     _step = step
 
 
-def start(directory: Path, rank: int, timeout: int) -> threading.Thread:
-    """Begin to note what the main thread of this process does, in `directory`. `timeout`: seconds of a collective."""
-    thread = threading.Thread(target=_watch, args=(directory, rank, timeout), name="pulse", daemon=True)
-    thread.start()
-    return thread
+class Watch(threading.Thread):
+    """Notes in `directory` what the main thread of this process does. `timeout`: seconds of a collective."""
 
+    def __init__(self, directory: Path, rank: int, timeout: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.directory, self.rank, self.timeout = directory, rank, timeout
+        self.ended = threading.Event()
 
-def _watch(directory: Path, rank: int, timeout: int) -> None:
-    main = threading.main_thread().ident
-    last, since = None, time.time()
-    while True:
-        frame = sys._current_frames().get(main or 0)
-        if frame is None:
-            return
-        frames = stack_of(frame)
-        # not the lines: a loop that leads nowhere runs over several of them
-        now = (_step, [(file, name) for file, _, name in frames])
-        if now != last:
-            last, since = now, time.time()
-        shown = [f"{file}:{line} {name}" for file, line, name in frames[-DEEPEST:]]
-        found = Pulse(rank, _step, since, time.time(), timeout, collective(frames), where(frames), shown)
-        with suppress(OSError, OpenSlothError):  # a full disk is found by those who need it
-            paths.write_json(path(directory, rank), asdict(found))
-        time.sleep(max(0.2, timeout / LOOKS))
+    def run(self) -> None:
+        main = threading.main_thread().ident or 0
+        last, since = None, time.time()
+        while not self.ended.wait(max(0.2, self.timeout / LOOKS)):
+            frame = sys._current_frames().get(main)
+            if frame is None:
+                return
+            frames = stack_of(frame)
+            # not the lines: a loop that leads nowhere runs over several of them
+            now = (_step, [(file, name) for file, _, name in frames])
+            if now != last:
+                last, since = now, time.time()
+            shown = [f"{file}:{line} {name}" for file, line, name in frames[-DEEPEST:]]
+            found = Pulse(self.rank, _step, since, time.time(), self.timeout, collective(frames), where(frames), shown)
+            with suppress(OSError, OpenSlothError):  # a full disk is found by those who need it
+                paths.write_json(path(self.directory, self.rank), asdict(found))
+
+    def finish(self) -> None:
+        """The process has done its work: nobody will ask what it was at."""
+        self.ended.set()
+        self.join()
+        path(self.directory, self.rank).unlink(missing_ok=True)
 
 
 Frame = tuple[str, int, str]  # file, line, function
