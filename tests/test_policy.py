@@ -116,6 +116,18 @@ def test_what_stands_in_the_padding_changes_nothing():
         assert not first[~mask[:, -length:].bool()].any()
 
 
+def test_padded_rows_need_no_mask():
+    """Unsloth's models pass over it while they train."""
+    model = tiny_model(tiny_tokenizer())
+    ids, mask, length = batch()
+    expected = padded(model, ids, mask, length, 1.0).logps
+
+    def without_mask(attention_mask, **words):
+        return model(**words)
+
+    assert torch.allclose(padded(without_mask, ids, mask, length, 1.0).logps, expected, atol=1e-6)
+
+
 def test_the_temperature_divides_the_logits():
     logits = torch.tensor([[0.0, 2.0, 4.0]])
     logps, entropy = score(logits, torch.tensor([1]), 2.0)

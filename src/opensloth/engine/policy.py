@@ -95,18 +95,27 @@ def ends(mask: torch.Tensor) -> torch.Tensor:
 def padded(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
 ) -> TokenScores:
-    """The same over the padded batch, for models whose rows cannot be packed."""
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    """The same over a padded batch, for models whose rows cannot be packed.
+
+    Rows are moved to the left, so that all padding stands behind them, where no token sees it: unsloth's models pass
+    over the mask while they train.
+    """
+    prompts, tokens = attention_mask[:, :-length].sum(1), attention_mask.sum(1)
+    width, before = int(tokens.max()), int(prompts.min()) - 1  # of what stands before, no logits are needed
+    order = attention_mask.argsort(dim=1, descending=True, stable=True)[:, :width]
+    mask = attention_mask.gather(1, order)
     logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        logits_to_keep=length + 1,
+        input_ids=input_ids.gather(1, order),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=width - before,
         use_cache=False,
-    ).logits[:, -length - 1 : -1]
-    logps, entropy = score(logits, input_ids[:, -length:], temperature)
-    mask = attention_mask[:, -length:]
-    return TokenScores(logps * mask, entropy * mask)
+    ).logits[:, before - width :]
+    at = attention_mask[:, -length:].bool()
+    rows, columns = at.nonzero(as_tuple=True)
+    logps, entropy = score(logits[rows, prompts[rows] - 1 - before + columns], input_ids[:, -length:][at], temperature)
+    empty = torch.zeros(at.shape, dtype=logps.dtype, device=at.device)
+    return TokenScores(empty.masked_scatter(at, logps), empty.masked_scatter(at, entropy))
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         for line in [*engine.notes, *plan.describe_batches(laid_out, job, memory, place.processes)]:
             log.say(line)
     pack_tokens = memory.pack_tokens
-    if engine.packs and job.batch_size is None:
+    if packs(engine) and job.batch_size is None:
         attempt = grpo_attempt(engine, policy.packed, longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, rows)
@@ -75,6 +75,11 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         return held_out.figures(trainer, seconds)
 
     train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
+
+
+def packs(engine: Engine) -> bool:
+    """Whether completions lie one behind the other. `policy.packed` speaks to our own attention alone."""
+    return engine.packs and engine.name == "native"
 
 
 def left_out(run_dir: Path) -> set[int]:
@@ -108,8 +113,8 @@ def describe_run(
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
-        scores=policy.packed if engine.packs else policy.padded,
-        packs=engine.packs,
+        scores=policy.packed if packs(engine) else policy.padded,
+        packs=packs(engine),
         pack_tokens=pack_tokens,
         batch_size=job.batch_size,
         sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
@@ -204,6 +209,6 @@ def add_reference(trainer: Any, job: GrpoJob, ref: ModelRef, engine: Engine) -> 
     TRL would load it by the name in the config: another revision, perhaps, and with another attention.
     """
     reference = native.load_base(job, ref, engine.dtype, trainer.args.device)
-    native.set_attention(reference, engine.packs)
+    native.set_attention(reference, packs(engine))
     trainer.ref_model = reference.requires_grad_(False).eval()
     trainer.beta = job.beta
