@@ -222,7 +222,7 @@ def processor_seconds() -> float:
         *(("data", command) for command in ([], ["prepare"], ["show"], ["reshard"])),
         ("sft", []),
         ("grpo", []),
-        *(("train", command) for command in ([], ["sft"], ["grpo"], ["demo"])),
+        *(("train", command) for command in ([], ["sft"], ["grpo"], ["demo"], ["verify", "sft"])),
     ],
 )
 def test_help_takes_under_half_a_second_and_loads_nothing_heavy(program_name, command):
