@@ -509,6 +509,18 @@ def test_a_reward_that_raises_on_one_process_ends_all_of_them(here):
     assert "ZeroDivisionError" in error
 
 
+def test_a_completion_that_no_reward_can_judge_moves_nothing_though_demo_reward_says_0(here):
+    (here / "silent.py").write_text(
+        "def silent(completions, **_):\n    return [None if i % 2 else float(i) for i in range(len(completions))]\n"
+    )
+    job = (*OWN[:-4], "--rewards", "silent.py:silent,demo_reward", "--processes", 1, "--max-steps", 1)
+    train(*job, "--output", "silent")
+    found = rollouts(here / "silent", 1)
+    assert all(math.isnan(score) for score in found["reward_silent"][1::2])
+    assert not any(found["advantage"][1::2])
+    assert any(found["advantage"][::2])
+
+
 # --- advice ------------------------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,8 @@ class GraphDecoder:
                 rehearse()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=state.pool):
+        # thread_local: NCCL's watchdog asks the card from a thread of its own, which would break a recording
+        with torch.cuda.graph(graph, pool=state.pool, capture_error_mode="thread_local"):
             self.advance(policy, state, length, sampling, stops)
         state.graphs[key] = graph
 

@@ -167,6 +167,11 @@ def trainer_class() -> type[Any]:
         def _calculate_rewards(self, *arguments: Any) -> Any:
             begin = time.monotonic()
             found = super()._calculate_rewards(*arguments)
+            if "demo_reward" in self.reward_func_names and len(self.reward_func_names) > 1:
+                # its 0 would make a completion that nobody could judge one with a total of 0
+                demo = self.reward_func_names.index("demo_reward")
+                others = [place for place in range(found.shape[1]) if place != demo]
+                found[found[:, others].isnan().all(1), demo] = torch.nan
             self.seconds["rewards"] = time.monotonic() - begin
             return found
 
