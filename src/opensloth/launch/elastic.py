@@ -9,10 +9,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from opensloth import log
 from opensloth.launch import stop
+from opensloth.launch.meeting import Meeting, interface_to
 from opensloth.launch.world import World
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 FOLLOW_SECONDS = 0.1
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+EXIT_SECONDS = 30  # how long an agent whose workers are done waits for those of other machines
 LIVE = "step "  # a log line that begins so replaces the one before on a terminal: the run's live line
 
 
@@ -53,23 +56,26 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
         max_restarts=0,
         local_addr="127.0.0.1" if alone else None,  # a host name that does not resolve would block gloo
     )
-    return LocalElasticAgent(spec, logs_specs=_logs(world, run_dir, timeout, attempt))
+    logs = _logs(world, run_dir, timeout, attempt)
+    return LocalElasticAgent(spec, logs_specs=logs, exit_barrier_timeout=EXIT_SECONDS)
+
+
+def meeting_of(agent: "LocalElasticAgent") -> Meeting | None:
+    """Where the agent meets those of other machines; None where there are none."""
+    handler: object = agent.get_worker_group().spec.rdzv_handler
+    return handler if isinstance(handler, Meeting) else None
 
 
 def _rendezvous(world: World, timeout: int, attempt: int) -> "RendezvousHandler":
     """One machine meets itself at a free port; several meet at machine 0, in the order of their --node-rank."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
-    if world.nnodes == 1:
-        parameters = RendezvousParameters(
-            "c10d", "127.0.0.1:0", uuid.uuid4().hex, 1, 1, local_addr="127.0.0.1", is_host=True, timeout=60
-        )
-    else:
-        # c10d would number the machines by address; then rank 0, which writes the results, could be on any of them
-        endpoint, run = world.rdzv_endpoint or "", f"opensloth-{attempt}"
-        parameters = RendezvousParameters(
-            "static", endpoint, run, world.nnodes, world.nnodes, rank=world.node_rank, timeout=timeout
-        )
+    if world.nnodes > 1:
+        # a machine that was cut off needs as long to notice it as the others did, and then the time to come back
+        return cast("RendezvousHandler", Meeting(world, timeout * (2 if attempt else 1)))
+    parameters = RendezvousParameters(
+        "c10d", "127.0.0.1:0", uuid.uuid4().hex, 1, 1, local_addr="127.0.0.1", is_host=True, timeout=60
+    )
     return registry.get_rendezvous_handler(parameters)
 
 
@@ -107,6 +113,8 @@ def worker_environment(world: World, local_rank: int, timeout: int, attempt: int
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
+    if world.nnodes > 1 and GLOO_INTERFACE not in os.environ and (name := interface_to(world.rdzv_endpoint or "")):
+        values[GLOO_INTERFACE] = name
     if "OMP_NUM_THREADS" not in os.environ:
         values["OMP_NUM_THREADS"] = str(max(1, cores() // len(world.devices)))
     return values

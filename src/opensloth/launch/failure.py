@@ -17,6 +17,7 @@ from opensloth.errors import OpenSlothError, RunStopped, UserError, WorkerFailed
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 BUG = 1  # the exit code of an unexpected error
+LOST = "lost"  # the kind of the parent's report that another machine does not answer
 DEAD, ENDED = "dead", "ended"  # kinds of the reports that the parent makes up for workers that left none
 # A process that fails takes its peers' connections with it; these are words of the libraries that then complain.
 LOST_PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "DistError"}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 WORKER = "opensloth.training.worker"
+GRACE_SECONDS = 5  # for workers to find out themselves that those of another machine are gone
 HALVINGS = "OPENSLOTH_PACK_HALVINGS"  # in the workers' environment: how often packs were too large for a card
 
 
@@ -57,6 +58,7 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
     started = time.time()
     agent = elastic.build_agent(world, run_dir, module, timeout, attempt)
     running = _Running(agent)
+    meeting, left_at = elastic.meeting_of(agent), 0.0
     # The workers of machine 0 come first, so that its local rank 0 is the rank 0 that reports progress.
     follow = elastic.followed(elastic.log_path(run_dir, 0)) if world.node_rank == 0 else nullcontext()
     with _signals() as asked, follow:
@@ -67,9 +69,15 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
                 if asked.count and world.nnodes > 1 and not running.workers():
                     raise RunStopped(f"Stopped by {asked.name} while waiting for the other machines.")
                 running.pass_on(asked)
+                if meeting and meeting.left is not None:
+                    left_at = left_at or time.monotonic()
+                    if time.monotonic() > left_at + GRACE_SECONDS:
+                        running.kill()
         finally:
             running.kill()
     if isinstance(running.error, (OSError, RuntimeError)):
+        if attempt:
+            return outcome.not_back(world, running.error)
         raise outcome.no_meeting(world, running.error) from running.error
     if running.error is not None:
         raise running.error
@@ -79,12 +87,15 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
     if not reports:
         return None
     cause = failure.root_cause(reports)
+    lost = meeting.who_left() if meeting and not cause.stopped else None
+    if meeting and not cause.stopped:
+        meeting.leave()
     if asked.count and (cause.kind in {failure.DEAD, failure.ENDED} or cause.lost_peer):
         hint = "The same command resumes it from the last checkpoint."
         raise RunStopped(f"Stopped by {asked.name} before a new checkpoint was complete.", hint)
     if asked.count and cause.stopped:  # the user sent that signal, not the one we passed on
         return replace(cause, message=cause.message.replace(stop.forwarded().name, asked.name))
-    return cause
+    return outcome.lost_machine(world, cause, lost, timeout)
 
 
 class _Running(threading.Thread):

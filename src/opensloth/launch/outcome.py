@@ -50,7 +50,10 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
     where = f"Log: {path}" if path else ""
     if report.expected:
         return WorkerFailed(report.message, f"{report.hint}\n{where}".strip())
-    if path and (hang := pulse.autopsy(path.parent, world.processes, report.when)):
+    hang = pulse.autopsy(path.parent, world.processes, report.when) if path else []
+    if report.kind == failure.LOST:
+        return WorkerFailed(report.message, "\n".join([report.hint, *hang, where]))
+    if path and hang:
         return WorkerFailed(f"The run hung. {hang[0]}", "\n".join([*hang[1:], f"Logs: {path.parent}"]))
     name = f"Process {report.rank}"
     local = report.rank - world.node_rank * len(world.devices)
@@ -87,3 +90,34 @@ def no_meeting(world: World, error: BaseException) -> OpenSlothError:
         return WorkerFailed(f"The worker processes could not be started: {text}")
     message = f"The {world.nnodes} machines did not meet at {world.rdzv_endpoint}: {text}"
     return UserError(message, "Start all within --timeout seconds, with machine 0's address and a free, open port.")
+
+
+def lost_machine(world: World, cause: Report, left: int | None, timeout: int) -> Report:
+    """The cause, or a report that names the machine that was lost where the cause says no more than that.
+
+    Args:
+        left: the machine that is known to have left the run.
+        timeout: seconds after which processes give each other up.
+    """
+    if world.nnodes == 1:
+        return cause
+    if not cause.lost_peer and (left is None or cause.kind not in {failure.DEAD, failure.ENDED}):
+        return cause
+    hint = "The same command, started on all machines, goes on from the last checkpoint."
+    if left is not None:
+        message = f"Machine {left} left the run. Its own output says why."
+    elif world.nnodes == 2:
+        message = (
+            f"No answer from machine {1 - world.node_rank} for {timeout} s (--timeout): it is down, cut off, or hangs."
+        )
+    else:
+        message = f"No answer from one of the other {world.nnodes - 1} machines for {timeout} s (--timeout)."
+    return Report(cause.rank, failure.LOST, message, hint, WorkerFailed.exit_code, cause.traceback, cause.when)
+
+
+def not_back(world: World, error: BaseException) -> Report:
+    """The machines did meet once, but not after a restart."""
+    message = f"The {world.nnodes} machines did not meet again at {world.rdzv_endpoint}: {error}."
+    hint = "The same command, started on all machines, goes on from the last checkpoint."
+    rank = world.node_rank * len(world.devices)
+    return Report(rank, failure.LOST, message, hint, WorkerFailed.exit_code, "", time.time())
