@@ -41,10 +41,11 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
     It never restarts workers itself (the launcher knows which failures are worth it). Its handler of signals is not
     used: that one leaves workers 30 s to end, and they have a checkpoint to write.
     """
+    # What it has to say, our errors say better. The C++ part of torch reads this as it is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    # What it has to say, our errors say better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = world.nnodes == 1
     spec = WorkerSpec(
