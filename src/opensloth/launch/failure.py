@@ -4,11 +4,13 @@ The report is a JSON file in the place that torch elastic names (TORCHELASTIC_ER
 so that a plain torchrun shows the message too.
 """
 
+import errno
 import json
 import os
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +30,15 @@ LOST_PEER_WORDS = (
     "Gloo connect",
     "ncclRemoteError",
     "Broken pipe",
+)
+RIGHTS = {errno.EACCES, errno.EPERM}  # also of what is no file
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *RIGHTS}
+REFUSAL_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "inline_container",
 )
 
 
@@ -66,6 +77,12 @@ def describe(error: BaseException) -> Report:
     name = type(error).__name__
     text = str(error).strip()
     first_line = text.splitlines()[0] if text else ""
+    if isinstance(error, KeyboardInterrupt):  # before training began, which would have saved its step
+        hint = "The same command goes on from the last checkpoint."
+        return Report(rank, RunStopped.__name__, "Stopped by SIGINT.", hint, RunStopped.exit_code, trace, time.time())
+    if refused := unwritable(error):
+        hint = "Free space, or give the run its rights back: the same command goes on from the last checkpoint."
+        return Report(rank, WorkerFailed.__name__, refused, hint, WorkerFailed.exit_code, trace, time.time())
     if name == "OutOfMemoryError":
         smaller = "a smaller --pack-tokens, --max-seq-length or --max-new"
         hint = f"Try {smaller}, --gradient-checkpointing full, or --load-in-4bit."
@@ -86,14 +103,31 @@ def lost_peer(error: BaseException | None) -> bool:
     return False
 
 
+def unwritable(error: BaseException | None) -> str:
+    """What an error says of a disk that is full or refuses to be written to; nothing where it is about another thing.
+
+    safetensors has the system's words in its text; torch names only its writer.
+    """
+    while error is not None:
+        text = str(error)
+        of_a_file = isinstance(error, OSError) and (error.filename or error.errno not in RIGHTS)
+        if isinstance(error, OSError) and error.errno in REFUSALS and of_a_file:
+            return f"Cannot write {error.filename or 'to a file'}: {error.strerror}."
+        if any(words in text for words in REFUSAL_WORDS):
+            return f"Cannot write to disk: {text.splitlines()[0]}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def report(error: BaseException) -> int:
     """Write the report of `error` where the launcher looks for it (if one does); returns the exit code."""
     result = describe(error)
     if path := os.environ.get(ERROR_FILE):
         # `message` and `timestamp` are torch elastic's fields
-        paths.write_json(
-            Path(path), {"message": result.message, "timestamp": int(result.when), "report": asdict(result)}
-        )
+        with suppress(OSError):  # a full disk: the exit code must do
+            paths.write_json(
+                Path(path), {"message": result.message, "timestamp": int(result.when), "report": asdict(result)}
+            )
     return result.exit_code
 
 

@@ -157,7 +157,7 @@ def _signals() -> Iterator[_Asked]:
     if threading.current_thread() is not threading.main_thread():  # no signals arrive there
         yield asked
         return
-    before = {number: signal.signal(number, caught) for number in stop.launcher_signals()}
+    before = {number: signal.signal(number, caught) for number in stop.signals()}
     try:
         yield asked
     finally:

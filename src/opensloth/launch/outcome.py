@@ -1,13 +1,13 @@
 """How a run ended: the reports of its workers, the error that the user sees for them, and the end of their logs."""
 
-import signal
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensloth.errors import OpenSlothError, RunStopped, UserError, WorkerFailed
-from opensloth.launch import elastic, failure, pulse
+from opensloth.launch import elastic, failure, pulse, stop
 from opensloth.launch.failure import Report
 from opensloth.launch.world import World
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
 
 LAST_LINES = 15
+FULL = 2**20  # bytes: a disk with less has no room for a last word
 
 
 def reports(world: World, run_dir: Path, started: float, result: "RunResult | None") -> list[Report]:
@@ -27,10 +28,14 @@ def reports(world: World, run_dir: Path, started: float, result: "RunResult | No
     for rank, dead in (result.failures if result else {}).items():
         if rank in found:
             continue
+        if dead.exitcode < 0 and stop.is_request(-dead.exitcode):
+            message = f"Process {rank} was stopped by {dead.signal_name()} before a new checkpoint was complete."
+            hint = "The same command goes on from the last checkpoint."
+            found[rank] = Report(rank, RunStopped.__name__, message, hint, RunStopped.exit_code, "", dead.timestamp)
+            continue
         if dead.exitcode < 0:
-            name = dead.signal_name()
-            kind = failure.ENDED if dead.exitcode == -signal.SIGTERM else failure.DEAD
-            message = f"was killed by {name}."
+            kind = failure.ENDED if dead.exitcode == -stop.peer_lost() else failure.DEAD
+            message = f"was killed by {dead.signal_name()}."
         else:
             kind, message = failure.DEAD, f"ended with exit code {dead.exitcode} and no word."
         found[rank] = Report(rank, kind, message, "", WorkerFailed.exit_code, "", dead.timestamp)
@@ -63,6 +68,8 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
         lost = " It lost another process, whose log may say why." if report.lost_peer else ""
         return WorkerFailed(f"{name} failed: {report.message}{lost}", f"{report.traceback.rstrip()}\n{where}".strip())
     hints = ["The system kills what takes too much memory."] if "SIGKILL" in report.message else []
+    if path and path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL:
+        hints.append(f"The disk of {run_dir} is full.")
     if path and (lines := _last_lines(path)):
         hints.append("Its last lines:\n" + "\n".join(f"  {line}" for line in lines))
     return WorkerFailed(f"{name} {report.message}", "\n".join([*hints, where]))
@@ -79,7 +86,7 @@ def append_to_log(run_dir: Path, report: Report) -> None:
     """The log ends with the error. Written here, because what a worker writes is shown at once, and this will be."""
     path = elastic.log_path(run_dir, report.rank)
     if path.exists() and not report.stopped:
-        with path.open("a", encoding="utf-8") as file:
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk
             file.write(f"{report.traceback}error: {report.message} {report.hint}".rstrip() + "\n")
 
 

@@ -149,6 +149,7 @@ def open_run(
 ) -> dict[str, Any]:
     """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
     check_output(output)
+    earlier = processes_of(output)
     if job.force and leads(world):  # who comes later would remove the run that has begun
         shutil.rmtree(output, ignore_errors=True)
     check_same_job(output, record["identity"])
@@ -156,11 +157,19 @@ def open_run(
         figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
         return figures
     check_resume(job, output)
+    if not job.force and earlier not in (0, world.processes):
+        log.say(f"processes: {earlier} before, {world.processes} now; steps and rows follow from data and seed alone")
     texts = {name: make() for name, make in files.items() if not (output / name).exists()}
     paths.write_json(output / JOB, record)  # first: a directory with other files alone would be nobody's run
     for name, text in texts.items():
         paths.write_text(output / name, text)
     return {}
+
+
+def processes_of(output: Path) -> int:
+    """How many processes an unfinished run had when it was last called; 0 where none was begun."""
+    path = output / JOB
+    return int(paths.read_json(path, "a run directory").get("world", {}).get("processes", 0)) if path.exists() else 0
 
 
 def check_output(output: Path) -> None:

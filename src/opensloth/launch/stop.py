@@ -1,22 +1,20 @@
 """How a worker learns that it should save a checkpoint and end.
 
-Under our launcher that is SIGUSR1 alone: SIGTERM then means that another process failed, and ends this one at once
-instead of leaving it to wait for a peer that is gone. Under torchrun or alone, schedulers' SIGTERM, SIGINT (Ctrl-C)
-and SIGUSR1 all ask for it.
+Schedulers' SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP all ask for it, whichever process they reach. A worker whose
+peer is gone gets another signal from our launcher, which ends it at once instead of leaving it to wait.
 """
 
-import os
 import signal
 from types import FrameType
 
 LAUNCHER = "OPENSLOTH_LAUNCHER"  # the process id of our launcher, in its workers' environment
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+ASKING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
-def launcher_signals() -> list[signal.Signals]:
-    """What asks a whole run to stop, on this platform. Those that are ignored (nohup) stay so."""
-    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+def signals() -> list[signal.Signals]:
+    """What asks a run to stop, on this platform. Those that are ignored (nohup) stay so."""
+    return [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def forwarded() -> signal.Signals:
@@ -24,9 +22,14 @@ def forwarded() -> signal.Signals:
     return getattr(signal, "SIGUSR1", signal.SIGTERM)
 
 
-def worker_signals() -> list[signal.Signals]:
-    """What asks this process, a worker, for a checkpoint and an end."""
-    return [forwarded()] if LAUNCHER in os.environ else launcher_signals()
+def peer_lost() -> signal.Signals:
+    """What our launcher sends to the workers that are left when one failed. It has no handler: they end at once."""
+    return getattr(signal, "SIGUSR2", signal.SIGTERM)
+
+
+def is_request(number: int) -> bool:
+    """Whether a process that this signal ended was asked to stop: by a person or a scheduler, before it could save."""
+    return number in ASKING and number != peer_lost()
 
 
 class StopRequest:
@@ -37,7 +40,7 @@ class StopRequest:
 
     def install(self) -> "StopRequest":
         """Catch the signals (main thread only). A second one has its usual effect."""
-        for number in worker_signals():
+        for number in signals():
             signal.signal(number, self._caught)
         return self
 

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from opensloth import paths
 from opensloth.errors import UserError
 
-STATE = "trainer_state.json"  # written last by transformers
+STATE = "trainer_state.json"
+CONTENTS = "files.json"  # what belongs to a checkpoint: each file's size in bytes by its name; written last
 STAGING = ".incomplete"
 
 
@@ -26,32 +25,22 @@ def complete(directory: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether everything that a resume needs is there and whole: weights, optimizer, scheduler, state."""
-    weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
-    pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-    return (
-        bool(weights)
-        and all(map(is_whole_safetensors, weights))
-        and all(map(zipfile.is_zipfile, pickles))  # looks for the directory at the end of torch's files
-        and is_whole_json(checkpoint / STATE)
-    )
-
-
-def is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether all files with which the checkpoint was saved are there, and as long as they were."""
     try:
-        with safe_open(path, framework="numpy"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def is_whole_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
+        sizes = json.loads((checkpoint / CONTENTS).read_text(encoding="utf-8"))
+        return STATE in sizes and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-    return True
+
+
+def seal(checkpoint: Path) -> None:
+    """Note what a checkpoint holds. All of it is on the disk first: a power cut must not leave files of zeros."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != CONTENTS]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    paths.write_json(checkpoint / CONTENTS, sizes)
 
 
 def to_resume(resume: str, directory: Path) -> Path | None:
@@ -73,11 +62,32 @@ def publish(directory: Path, name: str, keep: int) -> None:
 
     Later steps than its own are of a course that was left by `--resume PATH`: `auto` must not find them any more.
     """
-    target = directory / name
-    shutil.rmtree(target, ignore_errors=True)  # left over from a run that was cut off before this one resumed
-    os.replace(directory / STAGING / name, target)
-    shutil.rmtree(directory / STAGING, ignore_errors=True)
+    seal(directory / STAGING / name)
+    target = _move_in(directory, name)
+    clear(directory)
     found = complete(directory)
     newest = found.index(target) + 1
     for old in [*found[:newest][:-keep], *found[newest:]]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_in(directory: Path, name: str) -> Path:
+    """A namesake, of a course that was left or cut off, goes only once there is a whole one in its place or staged."""
+    target = directory / name
+    if target.exists():
+        os.replace(target, directory / STAGING / f"old-{os.getpid()}")
+    os.replace(directory / STAGING / name, target)
+    return target
+
+
+def clear(directory: Path) -> None:
+    """Remove what was being written when a run ended."""
+    shutil.rmtree(directory / STAGING, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Name a checkpoint that was whole when its run was killed, and remove one that was not."""
+    for staged in (directory / STAGING).glob("checkpoint-*"):
+        if is_complete(staged):
+            _move_in(directory, staged.name)
+    clear(directory)

@@ -22,6 +22,11 @@ from opensloth.training import checkpoint
 from opensloth.training.callbacks import Alive, SameAdapter, StopOnSignal
 from opensloth.training.trainer import RunFiles
 
+# accelerate names the CPU of one of several processes "cpu:0", where transformers has torch load the optimizer's state
+torch.serialization.register_package(
+    30, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -119,6 +124,10 @@ def checkpoint_to_resume(job: RunJob, run_dir: Path) -> Path | None:
 
     Raises UserError where the processes find different ones: they would train different steps, and wait for ever.
     """
+    if os.environ.get("RANK", "0") == "0":
+        checkpoint.recover(run_dir / "checkpoints")
+    if dist.is_initialized():
+        dist.barrier()
     restarted = int(os.environ.get("OPENSLOTH_ATTEMPT", "0")) > 0
     mine = checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
     if dist.is_initialized():

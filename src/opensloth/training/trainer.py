@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import Trainer
 
 from opensloth import paths
 from opensloth.engine.lora import name_base, trainable
 from opensloth.errors import WorkerFailed
+from opensloth.launch.failure import unwritable
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import some
 
@@ -95,15 +97,23 @@ class KeepsRun:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
+        directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.writing = True
         try:
             Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.leads:
+                checkpoint.publish(directory, name, self.files.keep_checkpoints)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (refused := unwritable(error)):
+                raise
+            checkpoint.clear(directory)  # half of a checkpoint is of no use, and its space is
+            raise WorkerFailed(
+                f"{name} could not be saved. {refused}",
+                "Free space, or give the run its rights back: the same command goes on from the checkpoint before.",
+            ) from error
         finally:
             self.writing = False
-        self.accelerator.wait_for_everyone()
-        if self.leads:
-            name = f"checkpoint-{self.state.global_step}"
-            checkpoint.publish(Path(self.args.output_dir), name, self.files.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
