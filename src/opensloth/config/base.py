@@ -15,7 +15,8 @@ from opensloth.errors import UserError, nearest
 class Settings(BaseModel):
     """A group of settings. Unknown names are errors; a job never changes once it is resolved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    # built when first used: --help reads the declarations alone, of which os-train has several hundred
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
