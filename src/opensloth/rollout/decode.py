@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -83,6 +83,31 @@ def grouped_attention(policy: torch.nn.Module) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
+class Laid(NamedTuple):
+    """Each distinct prompt once, padded on the left: `ids` and `mask` (distinct prompts, longest).
+
+    `source` has the row of each prompt, of those that were asked.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    source: list[int]
+
+
+def lay_out(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Laid:
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: at for at, prompt in enumerate(distinct)}
+    return Laid(*left_padded(distinct, pad, device), [place[tuple(prompt)] for prompt in prompts])
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (prompts, longest)."""
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def decode(
     policy: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -98,12 +123,8 @@ def decode(
         For each prompt the tokens up to the first stop token, with it, and their log-probabilities.
     """
     device = next(policy.parameters()).device
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    place = {prompt: at for at, prompt in enumerate(distinct)}
-    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-    longest = max(map(len, distinct))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in distinct], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
+    ids, mask, places = lay_out(prompts, pad, device)
+    source, longest = torch.tensor(places, device=device), ids.shape[1]
     ends = torch.tensor(list(stops), dtype=torch.long, device=device)
     cache = Cache(layers=[RoomyLayer() for _ in DynamicCache(config=policy.config).layers])
     rows = torch.arange(len(prompts), device=device)  # which completions are in the batch

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
-from opensloth.rollout.decode import decode, serves
+from opensloth.rollout.decode import decode, left_padded, serves
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 ON_CPU = 64  # completions at once
@@ -127,21 +127,18 @@ def by_transformers(
     uniforms: torch.Tensor | None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """What `decode` does, for any model. After a stop token there may be more, without a meaning."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = next(policy.parameters()).device
+    ids, mask = left_padded(prompts, pad, next(policy.parameters()).device)
     chooser = Chooser(sampling, uniforms)
     settings = GenerationConfig(
         max_new_tokens=max_new, do_sample=False, use_cache=True, eos_token_id=list(stops) or None, pad_token_id=pad
     )
     out = policy.generate(  # type: ignore[operator]
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=ids,
+        attention_mask=mask,
         generation_config=settings,
         logits_processor=LogitsProcessorList([chooser]),
     )
-    return out[:, longest:].tolist(), torch.stack(chooser.logprobs, 1).tolist()
+    return out[:, ids.shape[1] :].tolist(), torch.stack(chooser.logprobs, 1).tolist()
 
 
 class Chooser(LogitsProcessor):  # type: ignore[misc]

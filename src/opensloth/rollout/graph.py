@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from opensloth.rollout.decode import grouped_attention, step
+from opensloth.rollout.decode import grouped_attention, lay_out, step
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
 
@@ -104,11 +104,8 @@ class GraphDecoder:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """As `decode.decode`; what follows a stop token is for the caller to cut."""
         device = next(policy.parameters()).device
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        place = {prompt: at for at, prompt in enumerate(distinct)}
-        longest = max(map(len, distinct))
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in distinct], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
+        ids, mask, places = lay_out(prompts, pad, device)
+        longest = ids.shape[1]
         how = (sampling, tuple(stops))
         with self.merge(policy), grouped_attention(policy):
             cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=policy.config).layers])
@@ -119,7 +116,7 @@ class GraphDecoder:
                     self.record(policy, state, bucket(length), *how)
                 self.record(policy, state, bucket(longest + max_new - 1), *how)
             missing = state.rows - len(prompts)
-            source = torch.tensor([place[tuple(prompt)] for prompt in prompts] + [0] * missing, device=device)
+            source = torch.tensor(places + [0] * missing, device=device)
             for layer, prompt in zip(state.cache.layers, cache.layers, strict=True):
                 layer.fill(prompt, source)
             del cache

@@ -17,6 +17,7 @@ from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
 from opensloth.launch import pulse
 from opensloth.launch.stop import StopRequest
+from opensloth.training.everyone import of_all
 from opensloth.training.loader import Steps
 
 LINE_SECONDS = 1.0  # between two lines for the person
@@ -201,11 +202,9 @@ class SameAdapter(TrainerCallback):
         step = state.global_step
         if step % self.every:
             return
-        hashes = [""] * dist.get_world_size()
-        dist.all_gather_object(hashes, weights_hash(model))
+        hashes = of_all(weights_hash(model))
         if len(set(hashes)) > 1:
-            rows = [[0]] * dist.get_world_size()
-            dist.all_gather_object(rows, sorted({row for one in range(self.sound, step) for row in self.rows(one)}))
+            rows = of_all(sorted({row for one in range(self.sound, step) for row in self.rows(one)}))
             check_equal(hashes, rows, self.sound, step)
         self.sound = step
 

@@ -38,7 +38,7 @@ class Run:
         scores: engine.policy.packed or padded, as the engine can.
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         stops: ids that end a completion.
-        held_out: this process's share of the held-out prompts.
+        evaluates: whether any prompts are held out; `held_out` are those of this process.
         write: what completes a batch, where it is not `--rollout generate`; `at_once` completions, where that is fixed.
         columns: the names of the data's other columns, which the rewards are given.
     """
@@ -56,6 +56,7 @@ class Run:
     stops: list[int]
     pad: int
     seed: int
+    evaluates: bool
     held_out: list[PromptRow]
     write: Write | None
     at_once: int | None

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.evaluation.generate import Completion
 from opensloth.evaluation.score import Judged, judge
 from opensloth.rollout.generate import Rollout
 from opensloth.rollout.sampling import Sampling
+from opensloth.training.everyone import of_all
 
 
 class HeldOut:
@@ -105,11 +105,7 @@ class HeldOut:
 
 def gathered(mine: list[Any]) -> list[Any]:
     """The lists of all processes as one, in the order of ranks."""
-    if not dist.is_initialized():
-        return mine
-    found: list[list[Any]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return [one for part in found for one in part]
+    return [one for part in of_all(mine) for one in part]
 
 
 def ignore(*_: Any) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
+from opensloth.training.everyone import of_all
 
 Micro = tuple[list[int], float]  # places of completions, and the weight of their loss
 
@@ -65,11 +66,7 @@ def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss
         return len(rows) / len(mask)
 
     micro = [(rows, weight(rows)) for rows in parts]
-    if dist.is_initialized():
-        counts = [0] * dist.get_world_size()
-        dist.all_gather_object(counts, len(micro))
-        micro += [([0], 0.0)] * (max(counts) - len(micro))
-    return micro
+    return micro + [([0], 0.0)] * (max(of_all(len(micro))) - len(micro))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import statistics
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from opensloth.config.run import GrpoOptions, TrainOptions
 from opensloth.data.plan.batches import Batches
@@ -13,6 +12,7 @@ from opensloth.data.plan.schedule import Schedule
 from opensloth.engine import Engine, memory
 from opensloth.engine.memory import MemoryPlan
 from opensloth.launch.launcher import HALVINGS
+from opensloth.training.everyone import of_all
 
 
 def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int, kept: int = 0) -> MemoryPlan:
@@ -23,10 +23,7 @@ def choose(engine: Engine, options: TrainOptions, device: torch.device, longest:
     mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept)
     halvings = int(os.environ.get(HALVINGS, "0"))
     mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
-    if not dist.is_initialized():
-        return mine
-    plans: list[MemoryPlan] = [mine] * dist.get_world_size()
-    dist.all_gather_object(plans, mine)
+    plans = of_all(mine)
     modes = ("none", "selective", "full")
     return MemoryPlan(min(p.pack_tokens for p in plans), max((p.checkpointing for p in plans), key=modes.index))
 

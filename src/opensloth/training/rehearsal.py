@@ -17,6 +17,7 @@ from opensloth.engine import Engine
 from opensloth.engine.memory import MemoryPlan
 from opensloth.engine.policy import TokenScores
 from opensloth.errors import WorkerFailed
+from opensloth.training.everyone import of_all
 from opensloth.training.loader import Batcher
 from opensloth.training.trl_args import CHECKPOINTING
 
@@ -59,7 +60,7 @@ def rehearse(engine: Engine, plan: MemoryPlan, longest: int, device: torch.devic
 
 def largest_that_fits(tokens: int, smallest: int, fits: Callable[[int], bool]) -> int:
     """`tokens`, its half, its quarter ... until it fits on all processes. Raises WorkerFailed below `smallest`."""
-    while not everywhere(fits(tokens)):
+    while not all(of_all(fits(tokens))):
         if tokens <= smallest:
             raise WorkerFailed(
                 f"Out of GPU memory: not even one row of {smallest:,} tokens fits.",
@@ -67,14 +68,6 @@ def largest_that_fits(tokens: int, smallest: int, fits: Callable[[int], bool]) -
             )
         tokens = max(tokens // 2, smallest)
     return tokens
-
-
-def everywhere(fits: bool) -> bool:
-    if not dist.is_initialized():
-        return fits
-    answers = [fits] * dist.get_world_size()
-    dist.all_gather_object(answers, fits)
-    return all(answers)
 
 
 def sft_attempt(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:

@@ -20,6 +20,7 @@ from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Alive, SameAdapter, StopOnSignal
+from opensloth.training.everyone import of_all
 from opensloth.training.trainer import RunFiles
 
 # accelerate names the CPU of one of several processes "cpu:0", where transformers has torch load the optimizer's state
@@ -92,7 +93,7 @@ def train_to_the_end(
     if trainer.eval_dataset is not None and not evaluated(trainer):
         trainer.evaluate()
     figures = finish(time.monotonic() - begin)
-    hashes = hashes_of_all(trainer.model)
+    hashes = of_all(weights_hash(trainer.model))
     if place.leads:
         log.say(f"saving what was trained to {run_dir}")
         trainer._save(str(run_dir))
@@ -101,16 +102,6 @@ def train_to_the_end(
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def hashes_of_all(model: Any) -> list[str]:
-    """The hash of the trained weights on each process."""
-    mine = weights_hash(model)
-    if not dist.is_initialized():
-        return [mine]
-    hashes = [""] * dist.get_world_size()
-    dist.all_gather_object(hashes, mine)
-    return hashes
 
 
 def evaluated(trainer: Any) -> bool:
@@ -130,10 +121,7 @@ def checkpoint_to_resume(job: RunJob, run_dir: Path) -> Path | None:
         dist.barrier()
     restarted = int(os.environ.get("OPENSLOTH_ATTEMPT", "0")) > 0
     mine = checkpoint.to_resume("auto" if restarted else job.resume, run_dir / "checkpoints")
-    if dist.is_initialized():
-        found = [""] * dist.get_world_size()
-        dist.all_gather_object(found, mine.name if mine else "none")
-        check_same_checkpoint(found, run_dir)
+    check_same_checkpoint(of_all(mine.name if mine else "none"), run_dir)
     return mine
 
 

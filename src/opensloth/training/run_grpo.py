@@ -108,6 +108,7 @@ def describe_run(
     decoder: GraphDecoder | None,
     rows_at_once: int | None,
 ) -> grpo.Run:
+    held = held_out_prompts(run_dir, prepared)
     return grpo.Run(
         files=run_files(run_dir, job, ref, prepared, engine),
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
@@ -124,7 +125,8 @@ def describe_run(
         seed=seed_of(job, prepared),
         write=recorded(run_dir, place.rank, decoder),
         at_once=rows_at_once,
-        held_out=held_out_prompts(run_dir, prepared)[place.rank :: place.processes],
+        evaluates=bool(held),
+        held_out=held[place.rank :: place.processes],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
 
@@ -158,7 +160,6 @@ def build_trainer(
 ) -> Any:
     from trl import GRPOConfig
 
-    evaluates = bool(held_out_prompts(run.files.directory, prepared))
     frame = Frame(
         run_dir=run.files.directory,
         steps=run.prompts.plan.steps,
@@ -166,7 +167,7 @@ def build_trainer(
         device=place.device,
         engine=engine,
         checkpointing=checkpointing,
-        evaluates=evaluates,
+        evaluates=run.evaluates,
         backend=place.backend,
         processes=place.processes,
     )
@@ -181,13 +182,13 @@ def build_trainer(
         reward_funcs=[judge.function for judge in judges],
         args=GRPOConfig(**grpo_args(job, frame, [judge.weight for judge in judges])),
         train_dataset=rows,
-        eval_dataset=rows if evaluates else None,
+        eval_dataset=rows if run.evaluates else None,
         processing_class=engine.tokenizer,
     )
     if place.leads:
         board = "tensorboard" in job.report_to
         trainer.add_callback(BatchesMetrics(run.files.directory, run.prompts.plan, job.group_size, place.device, board))
-    if evaluates:
+    if run.evaluates:
         trainer.add_callback(FirstLook(trainer))
     return trainer
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -16,6 +15,7 @@ from opensloth.errors import WorkerFailed
 from opensloth.launch.failure import unwritable
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import some
+from opensloth.training.everyone import of_all
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,7 @@ def first_fault(losses: Sequence[torch.Tensor], describe: Callable[[int, float],
     """
     values = torch.stack(list(losses)).tolist() if losses else []
     mine = next((describe(place, loss) for place, loss in enumerate(values) if not finite(loss)), None)
-    found: list[Fault | None] = [mine]
-    if dist.is_initialized():
-        found *= dist.get_world_size()
-        dist.all_gather_object(found, mine)
-    return min((fault for fault in found if fault is not None), key=lambda fault: fault.step, default=None)
+    return min((fault for fault in of_all(mine) if fault is not None), key=lambda fault: fault.step, default=None)
 
 
 def finite(value: float) -> bool:
