@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,13 @@ from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import Alive, SameAdapter, StopOnSignal
 from opensloth.training.everyone import of_all
+from opensloth.training.place import Place, leave
 from opensloth.training.trainer import RunFiles
 
 # accelerate names the CPU of one of several processes "cpu:0", where transformers has torch load the optimizer's state
 torch.serialization.register_package(
     30, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those of the run."""
-
-    rank: int
-    processes: int
-    device: torch.device
-    backend: str
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
 
 
 def seed_of(job: RunJob, prepared: Prepared) -> int:
@@ -99,9 +85,7 @@ def train_to_the_end(
         trainer._save(str(run_dir))
         same = {"weights_sha256": hashes[0], "processes_with_these_weights": hashes.count(hashes[0])}
         paths.write_json(run_dir / "result.json", {**figures, **same})
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 def evaluated(trainer: Any) -> bool:

@@ -28,9 +28,10 @@ from opensloth.rollout.sampling import Sampling
 from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
+from opensloth.training.place import Place
 from opensloth.training.prompts import Prompts
 from opensloth.training.rehearsal import grpo_attempt, rehearse
-from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
+from opensloth.training.run import run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
 
 KEPT = 0.2  # of a card's free memory, for the buffers of rollouts

@@ -15,8 +15,9 @@ from opensloth.engine import Engine, load
 from opensloth.training import plan, sft
 from opensloth.training.callbacks import StepsMetrics
 from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training.place import Place
 from opensloth.training.rehearsal import rehearse, sft_attempt
-from opensloth.training.run import Place, run_files, seed_of, train_to_the_end
+from opensloth.training.run import run_files, seed_of, train_to_the_end
 from opensloth.training.trainer import RunFiles
 from opensloth.training.trl_args import Frame, sft_args
 

@@ -7,9 +7,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opensloth import log, paths
 from opensloth.config.jobs import TRAINING
@@ -17,9 +16,6 @@ from opensloth.data.models.resolve import ModelRef
 from opensloth.data.prepared.directory import Prepared, open_prepared
 from opensloth.errors import UserError
 from opensloth.launch.device import claim_device
-
-if TYPE_CHECKING:
-    from opensloth.training.run import Place
 
 
 def main() -> None:
@@ -43,6 +39,8 @@ def run(run_dir: Path) -> None:
     )
     if job.engine == "unsloth" and device_name.startswith("cuda") and importlib.util.find_spec("unsloth"):
         import_unsloth()
+    from opensloth.training.place import join
+
     place = join(device_name)
     runner = importlib.import_module(f"opensloth.training.run_{method}")
     runner.train(run_dir, job, ref, open_data(record), place)
@@ -63,27 +61,6 @@ def import_unsloth() -> None:
     """
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(paths.cache_dir() / "unsloth_compiled"))
     importlib.import_module("unsloth")
-
-
-def join(device_name: str) -> "Place":
-    """Meet the other processes. The group is made here because accelerate ignores a time-out on the CPU."""
-    import torch
-    import torch.distributed as dist
-
-    from opensloth.training.run import Place
-
-    device = torch.device(device_name)
-    backend = os.environ.get("OPENSLOTH_BACKEND", "nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)  # else accelerate makes a group of one
-    else:
-        timeout = timedelta(seconds=int(os.environ.get("OPENSLOTH_TIMEOUT", "600")))
-        dist.init_process_group(backend, timeout=timeout)
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Place(rank, processes, device, backend)
 
 
 if __name__ == "__main__":
