@@ -149,6 +149,13 @@ def test_rewards_that_read_tags_need_prompts_that_ask_for_them(call, arguments, 
     assert one == said
 
 
+def test_prompts_without_tags_are_refused_before_any_row_is_prepared(call, here):
+    said = refused(*call(train.app, "grpo", "rows.jsonl", "--model", "model", "--processes", 1, *SMALL))
+    assert "the data's prompts ask for none" in said
+    assert not (here / "outputs").exists()
+    assert not list((here / "data").glob("*"))
+
+
 def test_data_for_sft_is_sent_to_os_sft(call):
     said = refused(*call(grpo.app, "sft", "--processes", 1))
     assert "was prepared with --method sft, not --method grpo" in said

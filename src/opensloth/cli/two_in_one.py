@@ -8,7 +8,10 @@ from opensloth.config.jobs import DataJob, GrpoJob, RunJob, SftJob, TrainGrpoJob
 from opensloth.launch.world import World, plan_world
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opensloth.data.prepared.directory import Prepared
+    from opensloth.data.prompt.contract import PromptContract
     from opensloth.launch.run_directory import Result
 
 TrainJob = TrainSftJob | TrainGrpoJob
@@ -28,15 +31,18 @@ def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
 def start_grpo(resolved: Resolved[TrainGrpoJob]) -> "Result":
     """Prepare the prompts of a job and train on them. What is wrong with rewards or batch is found before."""
     from opensloth.cli import grpo_checks
+    from opensloth.rewards.choose import chosen
 
     world = plan_world(resolved.job)
     grpo_checks.check_before_data(resolved.job, world.processes)
-    prepared = prepare_data(resolved.job, world)
+    prepared = prepare_data(resolved.job, world, lambda contract: chosen(resolved.job, contract.tags))
     return grpo_checks.start_grpo(training_job(resolved, GrpoJob, prepared), prepared, world)
 
 
-def prepare_data(job: TrainJob, world: World) -> "Prepared":
-    """The prepared data of the job, made or found."""
+def prepare_data(
+    job: TrainJob, world: World, check: "Callable[[PromptContract], object]" = lambda contract: None
+) -> "Prepared":
+    """The prepared data of the job, made or found. `check` as of `prepare`."""
     from opensloth.data.prepared.prepare import prepare
     from opensloth.launch.run_directory import check_output
     from opensloth.launch.torchrun import leader_first
@@ -44,7 +50,7 @@ def prepare_data(job: TrainJob, world: World) -> "Prepared":
     if job.output is not None:  # before the data, which may take hours
         check_output(job.output)
     wanted = data_job(job, world.processes)
-    prepared = leader_first("data", lambda: prepare(wanted))
+    prepared = leader_first("data", lambda: prepare(wanted, check))
     dropped = sum(prepared.manifest.dropped.values())
     log.say(
         f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"

@@ -6,6 +6,7 @@ makes it anew. Nothing is ever asked on the terminal.
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,11 @@ LINES_NAMED = 3  # of each reason, in the error about bad rows
 REASONS_COUNTED = 100  # a template may put words of a row into its reason; the manifest must stay small
 
 
-def prepare(job: DataJob) -> Prepared:
+def prepare(job: DataJob, check: Callable[[PromptContract], object] = lambda contract: None) -> Prepared:
     """Do what the job says, or find it done.
 
+    Args:
+        check: is shown the contract before any row is read, and raises where it is not what comes after can use.
     Raises:
         UserError: a wrong input, model or option, no usable row (or with `strict` any bad row), an output directory
             that holds something else, a full disk.
@@ -52,6 +55,7 @@ def prepare(job: DataJob) -> Prepared:
     model = resolve_model(job.model, job.revision)
     tokenizer = load_tokenizer(model, job.trust_remote_code)
     recipe = recipe_for(job, source, model, tokenizer)
+    check(recipe.contract)
     inputs = describe(job, source, recipe, tokenizer_digest(tokenizer))
     with paths.one_at_a_time(output):  # several runs may start on the same data at once
         if not job.force and (ready := reuse(output, inputs, job.gpus)) is not None:
