@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from opensloth import paths
 from opensloth.cli import data, document, grpo, options, program, result, sft, train
 from opensloth.config.base import declared
 from opensloth.config.jobs import DataJob, GrpoJob, SftJob, TrainGrpoJob, TrainSftJob
@@ -102,6 +104,21 @@ def test_ctrl_c_is_75_and_one_line(call):
     code, out, err = call(program_that(KeyboardInterrupt()))
     assert (code, out) == (75, "")
     assert err.startswith("error: Interrupted.\n")
+
+
+def test_a_schedulers_signal_ends_a_program_as_ctrl_c_does(call, tmp_path):
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def command() -> None:
+        with paths.new_directory(tmp_path / "data") as half:
+            (half / "rows").touch()
+            signal.raise_signal(signal.SIGTERM)
+
+    code, _, err = call(app)
+    assert (code, list(tmp_path.iterdir())) == (75, [])
+    assert err.startswith("error: Interrupted.\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_bug_keeps_its_traceback_and_exits_1():

@@ -1,10 +1,12 @@
 """How every program starts and ends: quiet libraries, one line for an expected failure, and the right exit code."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import cast
 
 import typer
@@ -31,7 +33,8 @@ def run(
         print(__version__)
         return DONE
     try:
-        status = app(args=arguments, standalone_mode=False)
+        with interruptible():
+            status = app(args=arguments, standalone_mode=False)
     except OpenSlothError as error:
         log.fail(error.message, error.hint)
         return error.exit_code
@@ -44,6 +47,23 @@ def run(
         log.fail("Interrupted.", "Run the same command again and it goes on.")
         return STOPPED
     return status if isinstance(status, int) else DONE
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, ends a program as Ctrl-C does: half-made files are cleared away first."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
