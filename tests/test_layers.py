@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "src" / "opensloth"
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "accelerate"}
 MAY_BE_HEAVY = ("engine", "rollout", "training", "evaluation", "launch.sync", "launch.sentinel")
 
-# A room may import from itself, from errors, paths, log, and from the rooms named here.
+# A room may import from itself, from errors, hardware, paths, log, and from the rooms named here.
 MAY_IMPORT = {
     "errors": set(),
+    "hardware": set(),
     "paths": set(),
     "log": set(),
     "config": set(),
@@ -35,7 +36,7 @@ MAY_IMPORT = {
         "evaluation",
     },  # training runs in its own processes
 }
-GROUND = {"errors", "paths", "log"}
+GROUND = {"errors", "hardware", "paths", "log"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from opensloth import log
+from opensloth.hardware import cores
 from opensloth.launch import stop
 from opensloth.launch.meeting import Meeting, interface_to
 from opensloth.launch.world import World
@@ -137,11 +138,6 @@ def worker_environment(world: World, local_rank: int, timeout: int, attempt: int
     if "OMP_NUM_THREADS" not in os.environ:
         values["OMP_NUM_THREADS"] = str(max(1, cores() // len(world.devices)))
     return values
-
-
-def cores() -> int:
-    """The cores that this process may use: a scheduler's share, not the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -187,8 +187,3 @@ def size_of(value: Any) -> int:
     if isinstance(value, list):
         return sum(map(size_of, value))
     return 1
-
-
-def cores() -> int:
-    """The cores this process may use (a container or scheduler may allow fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,7 +19,7 @@ from opensloth.config.data import DataOptions
 from opensloth.config.jobs import DataJob, PromptOptions, part
 from opensloth.data.messages.examples import detect_format, parse_mapping
 from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
-from opensloth.data.prepared.build import Recipe, build_all, cores
+from opensloth.data.prepared.build import Recipe, build_all
 from opensloth.data.prepared.directory import Prepared, open_prepared, plan_for, reshard, write_plan
 from opensloth.data.prepared.manifest import CONTRACT, DROPPED, LAYOUT, ROWS, Manifest, SourceInfo, file_sizes
 from opensloth.data.prepared.output import check_output, default_output, digest_of, reuse
@@ -29,6 +29,7 @@ from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.sources.open import Source, open_source
 from opensloth.data.tokens.prompts import TOO_LONG, check_overlong
 from opensloth.errors import UserError
+from opensloth.hardware import cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
