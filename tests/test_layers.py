@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "opensloth"
 
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "accelerate"}
-MAY_BE_HEAVY = ("engine", "rollout", "training", "evaluation", "launch.sync", "launch.sentinel")
+MAY_BE_HEAVY = ("engine", "rollout", "training", "evaluation")
 
 # A room may import from itself, from errors, hardware, paths, log, and from the rooms named here.
 MAY_IMPORT = {
