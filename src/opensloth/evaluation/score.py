@@ -56,9 +56,12 @@ def share(flags: Sequence[bool]) -> Interval:
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def paired_difference(first: Sequence[bool], other: Sequence[bool]) -> Interval:
-    """The mean of `other - first` over the same problems, with the normal interval of paired differences."""
-    differences = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+def paired_difference(first: Sequence[float], other: Sequence[float]) -> Interval:
+    """The mean of `other - first` over the same problems, with the normal interval of paired differences.
+
+    Of each problem True or False, or the share of right answers where it was answered several times.
+    """
+    differences = [b - a for a, b in zip(first, other, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
     variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
