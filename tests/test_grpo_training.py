@@ -126,7 +126,7 @@ def test_neither_micro_batches_nor_processes_change_a_step(pair, loss):
         assert relative_difference(one, other) <= 1e-4, other
 
 
-def by_trl(place, loss, beta, updates, steps):
+def by_trl(place, loss, scale, beta, updates, steps):
     """TRL's trainer as it comes, on the same prompts, completions and rewards. Returns its losses; saves to `trl`."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -179,7 +179,7 @@ def by_trl(place, loss, beta, updates, steps):
             weight_decay=0.0,
             beta=beta,
             loss_type=loss,
-            scale_rewards="none" if loss == "dr_grpo" else "group",
+            scale_rewards=scale,
             shuffle_dataset=False,
             gradient_checkpointing=False,
             logging_steps=1,
@@ -196,18 +196,52 @@ def by_trl(place, loss, beta, updates, steps):
 
 
 @pytest.mark.parametrize(
-    ("loss", "beta", "updates"),
-    [("dapo", 0.05, 1), ("dapo", 0.05, 2), ("grpo", 0.0, 2), ("dr_grpo", 0.0, 1), ("bnpo", 0.0, 1)],
+    ("loss", "scale", "beta", "updates"),
+    [
+        ("dapo", "group", 0.05, 1),
+        ("dapo", "batch", 0.05, 2),
+        ("grpo", "group", 0.0, 2),
+        ("dr_grpo", "none", 0.0, 1),
+        ("bnpo", "group", 0.0, 1),
+    ],
 )
-def test_losses_and_adapter_are_those_of_trls_own_trainer(place, loss, beta, updates):
+def test_losses_and_adapter_are_those_of_trls_own_trainer(place, loss, scale, beta, updates):
     steps = 4 if updates == 2 else 3
     ours = place / "run-of-ours"
     ways = ("--loss", loss, "--beta", beta, "--updates-per-batch", updates, "--save-steps", 10)
+    ways += ("--scale-rewards", scale) if scale == "batch" else ()  # the others are what auto chooses
     train(*OWN, "--max-steps", steps, *ways, "--force", "--output", ours)
-    expected = by_trl(place, loss, beta, updates, steps)
+    expected = by_trl(place, loss, scale, beta, updates, steps)
     assert len(set(expected)) == steps
     assert [entry["loss"] for entry in metrics(ours)] == pytest.approx(expected, abs=1e-5)
     assert relative_difference(place / "trl", ours) <= 1e-3
+
+
+def test_groups_without_a_spread_are_counted_whatever_advantages_are_divided_by(here):
+    """Of two prompts one is rewarded alike for all completions, though the batch as a whole has a spread."""
+    (here / "half.py").write_text(
+        "def half(completions, row_id, completion_ids, **_):\n"
+        "    place = {one: at for at, one in enumerate(dict.fromkeys(row_id))}\n"
+        "    return [0.1 if place[one] else sum(ids) % 7 for one, ids in zip(row_id, completion_ids)]\n"
+    )
+    job = ("data", "--model", "model", *TINY[:2], "--prompts-per-step", 2, "--group-size", 4, "--max-new", 8)
+    train(
+        *job,
+        "--processes",
+        1,
+        "--rewards",
+        "half.py:half",
+        "--max-steps",
+        2,
+        "--scale-rewards",
+        "batch",
+        "--output",
+        "half",
+    )
+    for entry in metrics(here / "half"):
+        assert entry["frac_reward_zero_std"] == 0.5
+        advantages = rollouts(here / "half", entry["step"])["advantage"]
+        assert sum(abs(value) < 1e-3 for value in advantages) == 4
 
 
 # --- stopping and going on ---------------------------------------------------------------------------------------

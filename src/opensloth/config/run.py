@@ -12,6 +12,7 @@ SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "sgd")
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 ROLLOUTS = ("auto", "graph", "generate")
+SCALES = ("auto", "group", "batch", "none")
 ZERO_SIGNAL = ("warn", "stop")
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -161,6 +162,12 @@ class GrpoOptions(TrainOptions):
     beta: float = option(0.0, "Weight of the KL divergence from the model that training starts from.", ge=0)
     loss: str = option(
         "dapo", "How token losses are averaged (arXiv 2503.14476, 2402.03300, 2503.20783).", choices=LOSSES
+    )
+    scale_rewards: str = option(
+        "auto",
+        "What advantages are divided by: the spread of the rewards in the group, in the batch, or nothing; auto: the "
+        "group's, but nothing with --loss dr_grpo.",
+        choices=SCALES,
     )
     clip: float = option(
         0.2, "How far a token's probability may move from that of the sampler: 1 - clip to 1 + clip.", gt=0

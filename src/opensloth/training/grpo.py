@@ -128,6 +128,7 @@ def trainer_class() -> type[Any]:
             parts = self.cut(self.batch["prompt_mask"], self.batch["completion_mask"])
             self.micro_batches = weighted(parts, self.batch, self.loss_type, self.accelerator.num_processes)
             self.keep_rollouts()
+            self.count_flat_groups()
             self.seconds["batch"] = time.monotonic() - begin
 
         def roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
@@ -236,6 +237,13 @@ def trainer_class() -> type[Any]:
                 scores = {name: list(self._logs["rewards"][name]) for name in self.reward_func_names}
                 step = self.state.global_step + 1
                 write(self.files.directory / "rollouts", step, found, scores, list(self._logs["advantages"]))
+
+        def count_flat_groups(self) -> None:
+            """The share of groups without a spread of rewards: TRL counts what the advantages are divided by."""
+            scores = torch.tensor([list(self._logs["rewards"][name]) for name in self.reward_func_names])
+            totals = (scores * self.reward_weights.cpu()[:, None]).nansum(0).view(-1, self.num_generations)
+            flat = torch.isclose(totals, totals[:, :1]).all(1)
+            self._metrics["train"]["frac_reward_zero_std"][-1] = float(flat.float().mean())
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)

@@ -73,13 +73,19 @@ def grpo_args(options: GrpoOptions, frame: Frame, reward_weights: list[float]) -
         "beta": 0.0 if options.full_finetuning else options.beta,
         "epsilon": options.clip,
         "loss_type": options.loss,
-        # a group's spread divides its advantages, but not in Dr. GRPO (arXiv 2503.20783, section 3.2)
-        "scale_rewards": "none" if options.loss == "dr_grpo" else "group",
+        "scale_rewards": scale_rewards(options),
         "reward_weights": reward_weights,
         "use_vllm": False,
         "log_completions": False,
         "shuffle_dataset": False,
     }
+
+
+def scale_rewards(options: GrpoOptions) -> str:
+    """What advantages are divided by; Dr. GRPO divides by nothing (arXiv 2503.20783, section 3.2)."""
+    if options.scale_rewards != "auto":
+        return options.scale_rewards
+    return "none" if options.loss == "dr_grpo" else "group"
 
 
 def shared(options: TrainOptions, frame: Frame) -> dict[str, Any]:
