@@ -33,6 +33,12 @@ def card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def kind() -> str:
+    """The card in a word, as result files are named by it."""
+    name = card()
+    return next((word.lower() for word in ("H100", "H200") if word in name), name.lower().replace(" ", "-"))
+
+
 def installed(name: str) -> str | None:
     try:
         return version(name)

@@ -1,0 +1,216 @@
+"""Measurements one after the other, each job a process of its own with a time limit; what is found is kept at once.
+
+A job makes one or several measurements. Its process reads what to do from a JSON file and appends a line for each of
+them to `found.jsonl` of the work folder: `{"name": ..., "row": {...}}` or `{"name": ..., "failed": "the reason"}`. The
+same command goes on after what is there already.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+
+HERE = Path(__file__).resolve().parent
+LEAST_SECONDS = 20  # with less time than this left, nothing is begun
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. `facts` are columns that are known before; `settings` tell the process what to do."""
+
+    name: str
+    facts: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process and what it measures.
+
+    Attributes:
+        command: without the file of the job, which is its last word where `reads_job`.
+        told: what the process reads beside its points.
+        before: makes what the process needs (models); its time does not count for the job.
+        collect: reads a measurement from what a process left that does not write to `found.jsonl` itself; None where
+            there is nothing to read.
+        finish: adds to a row what follows from it.
+    """
+
+    name: str
+    points: Sequence[Point]
+    command: Sequence[str]
+    told: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 300
+    before: Callable[[], object] = lambda: None
+    collect: Callable[[], Outcome | None] | None = None
+    finish: Callable[[Outcome], Outcome] = dict
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Series:
+    """Runs jobs until the time is over, and makes the result file.
+
+    Args:
+        minutes: of this call.
+        again: whether to try what failed before once more.
+    """
+
+    def __init__(self, work: Path, minutes: float, again: bool = False) -> None:
+        self.work = work.resolve()
+        self.end = time.monotonic() + 60 * minutes
+        self.path = self.work / "found.jsonl"
+        (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        self.points: dict[str, tuple[Job, Point]] = {}
+        self.again = again
+        self.earlier = {name for name, outcome in self.found().items() if "failed" in outcome} if again else set()
+
+    def found(self) -> dict[str, Outcome]:
+        """By the name of the measurement; the last line of each counts."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return {(outcome := json.loads(line))["name"]: outcome for line in lines if line.endswith("}")}
+
+    def keep(self, name: str, **outcome: Any) -> None:
+        keep(self.path, name, **outcome)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.points |= {point.name: (job, point) for point in job.points}
+        for job in jobs:
+            done = self.found().keys() - self.earlier
+            missing = [point for point in job.points if point.name not in done]
+            if missing and self.left() > LEAST_SECONDS:
+                self.measure(job, missing)
+
+    def measure(self, job: Job, points: Sequence[Point]) -> None:
+        job.before()
+        name = job.name.replace("/", "-").replace(" ", "-")
+        file, log = self.work / f"{name}.json", self.work / "logs" / f"{name}.log"
+        told = {"found": str(self.path), "points": [{"name": p.name, **p.facts, **p.settings} for p in points]}
+        file.write_text(json.dumps({**job.told, **told}, indent=1))
+        limit = min(job.seconds, self.left())
+        print(f"{job.name}: {len(points)} to measure, at most {limit:.0f} s", flush=True)
+        begin, before = time.monotonic(), len(self.found())
+        words = [*job.command] if job.collect else [*job.command, str(file)]
+        code = in_time(words, log, limit, QUIET | dict(job.environment))
+        if job.collect is not None and code == 0 and (row := job.collect()) is not None:
+            self.keep(points[0].name, row=row)
+        found = self.found()
+        self.earlier -= {point.name for point in points}
+        missing = [point.name for point in points if point.name not in found or "failed" in found[point.name]]
+        cut = code is None and self.left() <= LEAST_SECONDS  # the whole call is over: the next one goes on here
+        for point in missing:
+            if point not in found and not cut:
+                self.keep(point, failed=f"not done within {limit:.0f} s" if code is None else why(log, code))
+                if code is None:
+                    break  # the later ones were not tried
+        seconds = time.monotonic() - begin
+        print(f"{job.name}: {len(self.found()) - before} measured or failed after {seconds:.0f} s", flush=True)
+
+    def report(self, output: Path | None, kind: str, more: Callable[[list[Outcome]], Mapping[str, Any]]) -> Outcome:
+        """Write `rows` and `failed` of all points of this series, and what `more` makes of the rows."""
+        found = self.found()
+        rows, failed = [], []
+        for name, (job, point) in self.points.items():
+            outcome = found.get(name, {"failed": "not run: the time was over"})
+            if "row" in outcome:
+                rows.append({**point.facts, **job.finish(outcome["row"])})
+            else:
+                failed.append({**point.facts, "reason": outcome["failed"]})
+        report = {**machine.describe(), **more(rows), "failed": failed}
+        path = output or HERE / "results" / f"{kind}-{machine.kind()}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+
+def keep(path: Path, name: str, **outcome: Any) -> None:
+    """Append one measurement; also called by the processes that measure."""
+    with path.open("a") as file:
+        file.write(json.dumps({"name": name, **outcome}) + "\n")
+
+
+def in_time(words: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str]) -> int | None:
+    """Run a command and return its exit code; None where it was ended after `seconds`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(environment), start_new_session=True
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def why(log: Path, code: int) -> str:
+    """The last line of a log that tells of an error, or its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if "rror" in line]
+    return f"exit code {code}: {(told or lines or ['no output'])[-1][:300]}"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What all series can be told."""
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory whose tokenizer is taken over")
+    parser.add_argument("--work", type=Path, required=True, help="where models, data, runs and what was found are kept")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this call; the same command goes on")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="measurements whose names hold one of them"
+    )
+    parser.add_argument("--again", action="store_true", help="try what failed before once more")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model, to see on a CPU that all of it runs")
+    parser.add_argument("--output", type=Path, help="the result file")
+
+
+def chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs, with the measurements alone whose names hold one of the words of `only`."""
+    if not only:
+        return list(jobs)
+    kept = [(job, [point for point in job.points if any(word in point.name for word in only)]) for job in jobs]
+    return [Job(**(vars(job) | {"points": points})) for job, points in kept if points]
+
+
+def made_model(name: str, tokenizer: Path, work: Path) -> Path:
+    """The model's directory, made by a process of its own: this one leaves the card alone."""
+    model = work.resolve() / "models" / name
+    if not model.exists():
+        print(f"making {name}", flush=True)
+        command = [sys.executable, str(HERE / "models.py"), name, str(model), "--tokenizer", str(tokenizer)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return model
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows under the names of their columns, as plain text."""
+    cells = [list(columns), *([shown(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,298 @@
+"""SFT beside Unsloth and TRL: the same rows, the same model, the same limit of memory, one process after the other.
+
+usage: python benchmarks/sft.py --tokenizer DIR --work FOLDER [--minutes 9.5] [--only WORD ...] [--ablations]
+
+DIR is a model directory whose tokenizer is taken over (that of sample:smollm2, in the cache after its first use); the
+models have random weights (models.py). What was measured is kept in FOLDER at once: where the time of a call is over,
+the same command goes on. Prints a table and writes benchmarks/results/sft-<card>.json.
+
+The rows have log-normal lengths (median about 490 tokens, cut at 2048); every token is trained. `os-data` prepares them
+once, and all train on those ids. Ours is the command `os-sft` in its own process, with its defaults, and its speed is
+that of its metrics.jsonl after WARM_UP steps. Unsloth and TRL run as their documents show (peers/train_sft.py): a
+process for each case goes through a grid of settings, with the model loaded anew for each, and a setting counts its
+real tokens, padding left out, after WARM_UP steps too. In a case with a limit every process tells torch before it loads
+anything how much of the card it may have (limited.py). Peaks are those of torch's allocator.
+
+    --rehearse    a tiny model on a CPU, in seconds. Unsloth is listed as failed where it is not installed.
+    --ablations   ours with single options changed, for the table of docs/performance.md
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import models
+import series
+from series import HERE, Job, Outcome, Point, Series
+
+WARM_UP = 3  # steps that do not count: kernels are chosen, layers compiled
+FLOPS = 798e12  # bf16 matmuls of an H100, measured
+PER_PARAMETER = 4  # FLOP per parameter and token: forward, and backward without gradients of the frozen weights
+COLUMNS = ("case", "impl", "setting", "tokens_per_second", "rows_per_second", "peak_gib", "share_of_limit")
+Setting = tuple[bool, int, bool, str]  # packed, rows of the batch, checkpointing, optimizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it may use. `grid` is Unsloth's, the best guess first."""
+
+    name: str
+    model: str
+    memory_limit_gib: float | None = None
+    bits: int = 16
+    tokens_per_step: int = 65_536  # what os-sft chooses itself for data of more than 6.5 million tokens
+    steps: int = 9
+    grid: tuple[Setting, ...] = ()
+    seconds: float = 240  # of a process
+
+
+def grid(*settings: tuple[bool, int, bool]) -> tuple[Setting, ...]:
+    """With the optimizer that Unsloth's documents use, and the first setting with fused AdamW too."""
+    return (*((*setting, "adamw_8bit") for setting in settings), (*settings[0], "adamw_torch_fused"))
+
+
+CASES = (
+    Case("0.6b", "qwen3-0.6b", grid=grid((True, 16, False), (True, 32, False), (True, 16, True), (False, 32, False))),
+    Case("4b", "qwen3-4b", grid=grid((True, 4, False), (True, 8, False), (True, 16, True), (False, 16, False))),
+    Case("4b-24gib", "qwen3-4b", 24, grid=grid((True, 8, True), (True, 4, True), (True, 16, True), (False, 8, True))),
+    Case(
+        "4b-4bit-16gib",
+        "qwen3-4b",
+        16,
+        4,
+        tokens_per_step=32_768,
+        grid=grid((True, 8, True), (True, 4, True), (True, 2, False), (False, 8, True)),
+    ),
+    Case(
+        "8b-4bit-16gib",
+        "qwen3-8b",
+        16,
+        4,
+        tokens_per_step=16_384,
+        grid=grid((True, 4, True), (True, 2, True), (False, 4, True)),
+    ),
+)
+TINY = Case("tiny", "tiny-qwen3", 16, tokens_per_step=512, steps=6, grid=((True, 4, False, "adamw_torch"),))
+# what TRL does unless told otherwise: padded rows, 8 of them, with checkpointing
+TRL: tuple[Setting, ...] = ((False, 8, True, "adamw_torch_fused"),)
+TRL_CASES = ("0.6b", "4b", "tiny")
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "--compile on": ("--compile", "on"),
+    "--compile off": ("--compile", "off"),
+    "--gradient-checkpointing none": ("--gradient-checkpointing", "none"),
+    "--gradient-checkpointing selective": ("--gradient-checkpointing", "selective"),
+    "--gradient-checkpointing full": ("--gradient-checkpointing", "full"),
+    "--pack-tokens 16384": ("--pack-tokens", "16384"),
+    "--pack-tokens 8192": ("--pack-tokens", "8192"),
+    "--pack-tokens 2048": ("--pack-tokens", "2048"),
+    "--optim adamw_8bit": ("--optim", "adamw_8bit"),
+    "--no-packing": ("--pack-tokens", "8192"),  # of os-data: rows are padded, up to as many slots
+}
+ABLATED = ("0.6b", "4b")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many, and how long. `lengths` of a row: exp of a normal with mean log(median) and `spread`."""
+
+    count: int = 1536
+    median: float = 492.7  # exp(6.2)
+    spread: float = 0.7
+    shortest: int = 32
+    longest: int = 2048
+
+
+SMALL = Rows(count=64, median=40, shortest=8, longest=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    series.options(parser)
+    parser.add_argument("--ablations", action="store_true")
+    arguments = parser.parse_args()
+    found = Series(arguments.work, arguments.minutes, arguments.again)
+    data = Data(found.work, arguments.tokenizer, SMALL if arguments.rehearse else Rows())
+    cases = (TINY,) if arguments.rehearse else CASES
+    jobs = [job for case in cases for job in (ours(case, data), peer(case, "unsloth", case.grid, data))]
+    jobs += [peer(case, "trl", trl_grid(case), data) for case in cases if case.name in TRL_CASES]
+    if arguments.ablations:
+        ablated = (TINY,) if arguments.rehearse else [case for case in CASES if case.name in ABLATED]
+        jobs += [ours(case, data, name) for case in ablated for name in ABLATIONS]
+    found.run(series.chosen(jobs, arguments.only))
+    report = found.report(arguments.output, "sft", divided)
+    print(series.table([*report["rows"], *report["ablations"]], COLUMNS))
+    for failed in report["failed"]:
+        print(f"failed: {failed['case']} {failed['impl']}, {failed['setting']}: {failed['reason']}")
+
+
+def divided(rows: list[Outcome]) -> Mapping[str, Any]:
+    """What is compared, and apart from it ours with options changed."""
+    ablations = [row for row in rows if row.pop("ablation", False)]
+    return {"rows": [row for row in rows if row not in ablations], "ablations": ablations}
+
+
+class Data:
+    """The rows, prepared when they are first asked for."""
+
+    def __init__(self, work: Path, tokenizer: Path, rows: Rows) -> None:
+        self.work, self.tokenizer, self.rows = work, tokenizer, rows
+
+    def model(self, case: Case) -> Path:
+        return series.made_model(case.model, self.tokenizer, self.work)
+
+    def directory(self, packing: bool = True) -> Path:
+        return self.work / ("data" if packing else "data-padded")
+
+    def make(self, case: Case, packing: bool = True) -> None:
+        """The model of a case and the data, where they are not there yet."""
+        model, directory = self.model(case), self.directory(packing)
+        if directory.exists():
+            return
+        source = self.work / "rows.jsonl"
+        write_rows(self.tokenizer / "tokenizer.json", source, self.rows)
+        command = [*(sys.executable, "-m", "opensloth.cli.data", str(source), "--model", str(model))]
+        command += ["--output", str(directory), "--max-seq-length", str(self.rows.longest)]
+        command += [] if packing else ["--no-packing"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def mean_length(self) -> float:
+        manifest = json.loads((self.directory() / "manifest.json").read_text())
+        return float(manifest["tokens"] / manifest["rows_kept"])
+
+
+def write_rows(tokenizer: Path, target: Path, rows: Rows, seed: int = 0) -> None:
+    """Texts of random words that are a token each, so that a row has the wanted length; the end token is its last."""
+    from tokenizers import Tokenizer
+
+    reader = Tokenizer.from_file(str(tokenizer))
+    single = [reader.decode([token]) for token in range(reader.get_vocab_size())]
+    words = [word for word in single if re.fullmatch(" [a-z]+", word) and len(reader.encode(word).ids) == 1]
+    chance = np.random.default_rng(seed)
+    lengths = chance.lognormal(np.log(rows.median), rows.spread, rows.count)
+    lengths = np.clip(lengths, rows.shortest, rows.longest).astype(int)
+    with target.open("w", encoding="utf-8") as file:
+        for length in lengths:
+            text = "".join(words[at] for at in chance.integers(len(words), size=length - 1))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def facts(case: Case, impl: str, setting: str) -> dict[str, Any]:
+    """The columns of a measurement that are known before it."""
+    return {
+        "impl": impl,
+        "model": case.model,
+        "setting": setting,
+        "case": case.name,
+        "bits": case.bits,
+        "memory_limit_gib": case.memory_limit_gib,
+    }
+
+
+def ours(case: Case, data: Data, ablation: str = "") -> Job:
+    """`os-sft`, with one option changed for an ablation."""
+    name = f"{case.name}/opensloth" + (f"/{ablation}" if ablation else "")
+    packing = ablation != "--no-packing"
+    run = data.work / "runs" / name.replace("/", "-").replace(" ", "")
+    limit = case.memory_limit_gib
+    program = ["-m", "opensloth.cli.sft"] if limit is None else [str(HERE / "limited.py"), str(limit)]
+    command = [sys.executable, *program, str(data.directory(packing))]
+    command += ["--model", str(data.work / "models" / case.model), "--output", str(run), "--force"]
+    command += ["--max-steps", str(case.steps), "--tokens-per-step", str(case.tokens_per_step)]
+    command += ["--load-in-4bit"] if case.bits == 4 else []
+    command += ABLATIONS[ablation] if ablation else ()
+    known = facts(case, "opensloth", ablation or "defaults") | ({"ablation": True} if ablation else {})
+    return Job(
+        name=name,
+        points=[Point(name, known)],
+        command=command,
+        seconds=case.seconds,
+        before=partial(data.make, case, packing),
+        collect=partial(read_run, run, case, data),
+    )
+
+
+def read_run(run: Path, case: Case, data: Data) -> Outcome:
+    """What a finished run of ours says of itself."""
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if line["step"] > WARM_UP and "tokens_per_second" in line]
+    record = json.loads((run / "job.json").read_text())
+    optim, on_card = record["settings"]["optim"]["value"], record["world"]["devices"] != ["cpu"]
+    log = data.work / "logs" / f"{run.name}.log"
+    said = log.read_text(errors="replace") if log.exists() else ""
+    return {
+        "adapter_dtype": adapter_dtype(run / "adapter_model.safetensors"),
+        "optimizer": ("adamw_torch_fused" if on_card else "adamw_torch") if optim == "auto" else optim,
+        # steps have nearly equal tokens: their harmonic mean is tokens over seconds
+        **speeds(statistics.harmonic_mean([line["tokens_per_second"] for line in steps]), case, data),
+        "peak_gib": max(line["memory_gib"] for line in logged if "memory_gib" in line),
+        "steps": len(steps),
+        "tokens_per_step": case.tokens_per_step,
+        "plan": next(iter(re.findall(r"a step is .*", said)), ""),
+    }
+
+
+def adapter_dtype(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
+    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(min(kinds), min(kinds))
+
+
+def speeds(tokens_per_second: float, case: Case, data: Data) -> Outcome:
+    limit = FLOPS / PER_PARAMETER / models.parameters(data.model(case))
+    return {
+        "tokens_per_second": round(tokens_per_second, 1),
+        "rows_per_second": round(tokens_per_second / data.mean_length(), 3),
+        "share_of_limit": tokens_per_second / limit,
+    }
+
+
+def trl_grid(case: Case) -> tuple[Setting, ...]:
+    return ((False, 8, False, "adamw_torch"),) if case is TINY else TRL
+
+
+def peer(case: Case, impl: str, settings: tuple[Setting, ...], data: Data) -> Job:
+    """A process of Unsloth or TRL that goes through settings."""
+    points = []
+    for packed, batch, checkpointing, optimizer in settings:
+        words = ["packed" if packed else "padded", f"{batch} x {data.rows.longest}" if packed else f"{batch} rows"]
+        words += ["checkpointing" if checkpointing else "no checkpointing", optimizer]
+        setting = ", ".join(words)
+        told = {"packed": packed, "batch": batch, "checkpointing": checkpointing, "optimizer": optimizer}
+        points.append(Point(f"{case.name}/{impl}/{setting}", facts(case, impl, setting), told))
+    told = {
+        "data": str(data.directory() / "rows"),
+        "model_directory": str(data.work / "models" / case.model),
+        "longest": data.rows.longest,
+        "warm_up": WARM_UP,
+        "steps": case.steps,
+    }
+    return Job(
+        name=f"{case.name}/{impl}",
+        points=points,
+        command=[sys.executable, str(HERE / "peers" / "train_sft.py")],
+        told=told,
+        seconds=case.seconds,
+        before=partial(data.make, case),
+        finish=partial(finished, case, data),
+    )
+
+
+def finished(case: Case, data: Data, row: Outcome) -> Outcome:
+    """A peer's row with the columns that follow from its speed."""
+    return row | speeds(row["tokens_per_second"], case, data)
+
+
+if __name__ == "__main__":
+    main()
