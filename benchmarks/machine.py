@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,15 @@ def kind() -> str:
     """The card in a word, as result files are named by it."""
     name = card()
     return next((word.lower() for word in ("H100", "H200") if word in name), name.lower().replace(" ", "-"))
+
+
+def peak_gib() -> float:
+    """The most memory that this process has used: of the card (what torch allocated), or of the machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def installed(name: str) -> str | None:

@@ -21,6 +21,7 @@ import machine
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 20  # with less time than this left, nothing is begun
+MOST_IDLE = 2  # processes of a job that measure nothing, before the rest of it is given up
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -45,11 +46,10 @@ class Job:
     """A process and what it measures.
 
     Attributes:
-        command: without the file of the job, which is its last word where `reads_job`.
+        command: the file of the job is added as its last word, unless there is `collect`.
         told: what the process reads beside its points.
         before: makes what the process needs (models); its time does not count for the job.
-        collect: reads a measurement from what a process left that does not write to `found.jsonl` itself; None where
-            there is nothing to read.
+        collect: reads the measurement from what a process left that does not write to `found.jsonl` itself.
         finish: adds to a row what follows from it.
     """
 
@@ -59,9 +59,8 @@ class Job:
     told: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 300
     before: Callable[[], object] = lambda: None
-    collect: Callable[[], Outcome | None] | None = None
+    collect: Callable[[], Outcome] | None = None
     finish: Callable[[Outcome], Outcome] = dict
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Series:
@@ -78,13 +77,15 @@ class Series:
         self.path = self.work / "found.jsonl"
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         self.points: dict[str, tuple[Job, Point]] = {}
-        self.again = again
         self.earlier = {name for name, outcome in self.found().items() if "failed" in outcome} if again else set()
 
     def found(self) -> dict[str, Outcome]:
         """By the name of the measurement; the last line of each counts."""
+        return {outcome["name"]: outcome for outcome in self.lines()}
+
+    def lines(self) -> list[Outcome]:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return {(outcome := json.loads(line))["name"]: outcome for line in lines if line.endswith("}")}
+        return [json.loads(line) for line in lines]
 
     def keep(self, name: str, **outcome: Any) -> None:
         keep(self.path, name, **outcome)
@@ -98,10 +99,18 @@ class Series:
         for job in jobs:
             done = self.found().keys() - self.earlier
             missing = [point for point in job.points if point.name not in done]
-            if missing and self.left() > LEAST_SECONDS:
-                self.measure(job, missing)
+            idle = 0  # processes in a row that measured nothing
+            while missing and idle < MOST_IDLE and self.left() > LEAST_SECONDS:
+                done = self.measure(job, missing)
+                idle = 0 if any("row" in outcome for outcome in done.values()) else idle + 1
+                self.earlier -= done.keys()
+                missing = [point for point in missing if point.name not in done]
+                if idle == MOST_IDLE:
+                    for point in missing:
+                        self.keep(point.name, **next(reversed(done.values()), {"failed": "nothing was measured"}))
 
-    def measure(self, job: Job, points: Sequence[Point]) -> None:
+    def measure(self, job: Job, points: Sequence[Point]) -> dict[str, Outcome]:
+        """One process of a job. Returns what came of it, by name: a fault of a process is that of its next point."""
         job.before()
         name = job.name.replace("/", "-").replace(" ", "-")
         file, log = self.work / f"{name}.json", self.work / "logs" / f"{name}.log"
@@ -109,22 +118,19 @@ class Series:
         file.write_text(json.dumps({**job.told, **told}, indent=1))
         limit = min(job.seconds, self.left())
         print(f"{job.name}: {len(points)} to measure, at most {limit:.0f} s", flush=True)
-        begin, before = time.monotonic(), len(self.found())
+        begin, before = time.monotonic(), len(self.lines())
         words = [*job.command] if job.collect else [*job.command, str(file)]
-        code = in_time(words, log, limit, QUIET | dict(job.environment))
-        if job.collect is not None and code == 0 and (row := job.collect()) is not None:
-            self.keep(points[0].name, row=row)
-        found = self.found()
-        self.earlier -= {point.name for point in points}
-        missing = [point.name for point in points if point.name not in found or "failed" in found[point.name]]
-        cut = code is None and self.left() <= LEAST_SECONDS  # the whole call is over: the next one goes on here
-        for point in missing:
-            if point not in found and not cut:
-                self.keep(point, failed=f"not done within {limit:.0f} s" if code is None else why(log, code))
-                if code is None:
-                    break  # the later ones were not tried
-        seconds = time.monotonic() - begin
-        print(f"{job.name}: {len(self.found()) - before} measured or failed after {seconds:.0f} s", flush=True)
+        code = in_time(words, log, limit, QUIET)
+        if job.collect is not None and code == 0:
+            self.keep(points[0].name, row=job.collect())
+        measured = {outcome["name"] for outcome in self.lines()[before:]}
+        fault = next((point.name for point in points if point.name not in measured), None)
+        if fault and code is not None:
+            self.keep(fault, failed=why(log, code))
+        elif fault and limit == job.seconds:  # else this call is over, and the next one begins here
+            self.keep(fault, failed=f"not done within {limit:.0f} s")
+        print(f"{job.name}: {len(self.lines()) - before} done after {time.monotonic() - begin:.0f} s", flush=True)
+        return {line["name"]: {k: v for k, v in line.items() if k != "name"} for line in self.lines()[before:]}
 
     def report(self, output: Path | None, kind: str, more: Callable[[list[Outcome]], Mapping[str, Any]]) -> Outcome:
         """Write `rows` and `failed` of all points of this series, and what `more` makes of the rows."""

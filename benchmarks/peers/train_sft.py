@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import machine
 from limited import limit
 from series import keep
 
@@ -75,11 +76,11 @@ def measure(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
         "adapter_dtype": str(adapter.dtype).removeprefix("torch."),
         "optimizer": str(trainer.args.optim.value),
         "tokens_per_second": tokens / (ends[-1] - begin),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0, 3),
+        "peak_gib": machine.peak_gib(),
         "steps": len(ends),
         "tokens_per_step": round(tokens / len(ends)),
         "loss": round(trainer.state.log_history[0]["loss"], 4),
-        "xformers": xformers(),
+        **({"xformers": xformers()} if point["impl"] == "unsloth" else {}),
     }
 
 

@@ -1,0 +1,158 @@
+"""The benchmarks of benchmarks/sft.py and grpo.py, rehearsed on a CPU with a tiny model, and how their series go on."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_tokenizer
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import models  # noqa: E402
+import series  # noqa: E402
+
+PATIENCE = 240
+SFT_NUMBERS = ("tokens_per_second", "rows_per_second", "peak_gib", "share_of_limit")
+GRPO_NUMBERS = ("completions", "new_tokens", "seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What both benchmarks write and print; they run beside each other."""
+    work = tmp_path_factory.mktemp("benchmarks")
+    tiny_tokenizer().save_pretrained(work / "tokenizer")
+    models.make("tiny-qwen3", work / "tokenizer", work / "models" / "tiny-qwen3")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    running = {}
+    for name in ("sft", "grpo"):
+        (work / name).mkdir()
+        (work / name / "models").symlink_to(work / "models")
+        command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--rehearse", "--tokenizer", str(work / "tokenizer")]
+        command += ["--work", str(work / name), "--output", str(work / f"{name}.json")]
+        running[name] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = {name: process.communicate(timeout=PATIENCE)[0].decode() for name, process in running.items()}
+    assert [process.returncode for process in running.values()] == [0, 0], printed
+    return {name: (json.loads((work / f"{name}.json").read_text()), printed[name]) for name in running}
+
+
+def test_sft_is_measured_beside_trl(reports):
+    report, printed = reports["sft"]
+    assert {row["impl"] for row in report["rows"]} >= {"opensloth", "trl"}, report["failed"]
+    for row in report["rows"]:
+        assert all(row[name] > 0 for name in SFT_NUMBERS)
+        assert (row["model"], row["adapter_dtype"], row["memory_limit_gib"]) == ("tiny-qwen3", "float32", 16)
+        assert row["optimizer"] == "adamw_torch"
+        assert f"{row['impl']}" in printed
+    assert {"machine", "versions", "command"} <= report.keys()
+
+
+def test_grpo_is_measured_beside_trl(reports):
+    report, _ = reports["grpo"]
+    measured = {(row["impl"], row["what"], row["setting"]) for row in report["rows"]}
+    assert measured >= {
+        ("opensloth", "step", "graph"),
+        ("opensloth", "rollout", "graph"),
+        ("opensloth", "rollout", "generate"),
+        ("trl", "step", "generate"),
+        ("trl", "rollout", "generate"),
+    }, report["failed"]
+    for row in report["rows"]:
+        assert all(row[name] > 0 for name in GRPO_NUMBERS)
+        # random weights rarely end a completion
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"], rel=0.2)
+    step = next(row for row in report["rows"] if (row["impl"], row["what"]) == ("opensloth", "step"))
+    assert 0 < step["seconds_rollout"] + step["seconds_train"] < step["seconds"] * 1.1
+
+
+@pytest.mark.skipif(find_spec("unsloth") is not None, reason="unsloth is installed")
+def test_what_is_not_installed_is_listed_as_failed_with_the_reason(reports):
+    for report, printed in reports.values():
+        failed = [one for one in report["failed"] if one["impl"] == "unsloth"]
+        assert failed
+        assert all("No module named 'unsloth'" in one["reason"] for one in failed)
+        assert "failed: " in printed
+        assert not [row for row in report["rows"] if row["impl"] == "unsloth"]
+
+
+def job(name, script, points=("a", "b", "c"), **more):
+    """A job whose process is a script; `told` is what the file of the job says, `keep` keeps."""
+    start = (
+        "import json, sys, time\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom series import keep\n"
+        "told = json.loads(Path(sys.argv[1]).read_text())\nfound = Path(told['found'])\n"
+    )
+    measured = [series.Point(f"{name}/{point}", {"impl": point}) for point in points]
+    return series.Job(name, measured, [sys.executable, "-c", start + script], **more)
+
+
+KEEP_FIRST = "keep(found, told['points'][0]['name'], row={'seconds': 1})\n"
+
+
+def outcomes(run):
+    return {name: outcome.get("failed", "measured") for name, outcome in run.found().items()}
+
+
+def test_after_a_fault_the_rest_is_measured(tmp_path):
+    run = series.Series(tmp_path, minutes=1)
+    script = "for point in told['points']:\n    assert point['impl'] != 'b', 'an error of b'\n"
+    run.run([job("one", script + "    keep(found, point['name'], row={'seconds': 1})\n")])
+    assert outcomes(run) == {
+        "one/a": "measured",
+        "one/b": "exit code 1: AssertionError: an error of b",
+        "one/c": "measured",
+    }
+    report = run.report(tmp_path / "report.json", "none", lambda rows: {"rows": rows})
+    assert report["rows"] == [{"impl": "a", "seconds": 1}, {"impl": "c", "seconds": 1}]
+    assert [one["impl"] for one in report["failed"]] == ["b"]
+
+
+def test_a_job_that_measures_nothing_is_given_up(tmp_path):
+    run = series.Series(tmp_path, minutes=1)
+    run.run([job("one", "Path(found.parent / str(time.time_ns())).touch()\nsys.exit('no error is known')", "abcde")])
+    assert len(outcomes(run)) == 5
+    assert set(outcomes(run).values()) == {"exit code 1: no error is known"}
+    assert len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == series.MOST_IDLE
+
+
+def test_what_takes_too_long_is_ended_and_the_rest_measured(tmp_path):
+    run = series.Series(tmp_path, minutes=1)
+    run.run([job("one", KEEP_FIRST + "time.sleep(len(told['points']) > 1 and 60)", points="abc", seconds=0.5)])
+    assert outcomes(run) == {"one/a": "measured", "one/b": "not done within 0 s", "one/c": "measured"}
+
+
+def test_the_same_command_goes_on_after_what_is_there(tmp_path):
+    jobs = [job("one", KEEP_FIRST + "sys.exit(len(told['points']) > 1)", points="ab")]
+    series.Series(tmp_path, minutes=1).run(jobs)
+    before = (tmp_path / "found.jsonl").read_text()
+    assert outcomes(series.Series(tmp_path, minutes=1)) == {"one/a": "measured", "one/b": "exit code 1: no output"}
+    series.Series(tmp_path, minutes=1).run(jobs)
+    assert (tmp_path / "found.jsonl").read_text() == before
+    again = series.Series(tmp_path, minutes=1, again=True)
+    again.run(jobs)
+    assert outcomes(again) == {"one/a": "measured", "one/b": "measured"}
+
+
+def test_without_time_nothing_is_begun_and_the_report_says_so(tmp_path):
+    run = series.Series(tmp_path, minutes=0)
+    run.run([job("one", KEEP_FIRST, points="a")])
+    report = run.report(tmp_path / "report.json", "none", lambda rows: {"rows": rows})
+    assert report["rows"] == []
+    assert report["failed"] == [{"impl": "a", "reason": "not run: the time was over"}]
+
+
+def test_rows_are_as_long_as_they_should_be(tmp_path):
+    import sft
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    sft.write_rows(tmp_path / "tokenizer.json", tmp_path / "rows.jsonl", sft.Rows(300, 40, 0.7, 8, 128))
+    texts = [json.loads(line)["text"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    lengths = sorted(len(tokenizer(text)["input_ids"]) + 1 for text in texts)  # and the token that ends it
+    assert (lengths[0], lengths[-1]) == (8, 128)
+    assert 35 < lengths[150] < 46
