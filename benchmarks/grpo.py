@@ -146,7 +146,7 @@ def point(data: Data, size: Size, impl: str, setting: str, what: str, told: Mapp
 def ours(data: Data, size: Size, setting: str) -> Job:
     """Whole steps of `os-grpo`."""
     measured = point(data, size, "opensloth", setting, "step", {})
-    run = data.work / "runs" / measured.name.replace("/", "-").replace(" ", "-")
+    run = data.work / "runs" / series.as_file(measured.name)
     command = [*(sys.executable, "-m", "opensloth.cli.grpo", str(data.directory), "--model", str(data.model))]
     command += ["--output", str(run), "--force", "--rollout", setting, "--rewards", f"{REWARD}:spread"]
     command += ["--prompts-per-step", str(size.completions // size.group), "--group-size", str(size.group)]

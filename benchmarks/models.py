@@ -25,6 +25,8 @@ SHAPES = {
 VOCABULARY = 151_936
 PARAMETERS = "parameters.json"  # beside the weights: how many there are
 LARGEST_FILE = "4GB"
+FLOPS = 798e12  # a second, in bf16 matmuls: measured on an H100
+PER_PARAMETER = 4  # FLOP per parameter and token: forward, and backward without gradients of the frozen weights
 
 
 def make(name: str, tokenizer_of: Path, output: Path, seed: int = 0) -> Path:
@@ -78,6 +80,11 @@ def config(name: str, tokenizer: Any) -> Any:
 def parameters(model: Path) -> int:
     """How many weights a model that `make` left has."""
     return int(json.loads((model / PARAMETERS).read_text())["parameters"])
+
+
+def share_of_limit(model: Path, tokens_per_second: float) -> float:
+    """Of the speed at which an H100 would train an adapter if it did nothing but its matmuls."""
+    return tokens_per_second * PER_PARAMETER * parameters(model) / FLOPS
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ The engine, the decoder and the number of completions at once are those that `os
 first calls record graphs and do not count.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
             keep(Path(job["found"]), point["name"], failed=f"out of memory: {str(error).splitlines()[0]}")
         else:
             keep(Path(job["found"]), point["name"], row=row)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -96,7 +98,7 @@ def measure(told: dict[str, Any], point: dict[str, Any], place: Any) -> dict[str
         "tokens_per_second": round(statistics.fmean(tokens[WARM_UP:]) / median, 1),
         "peak_gib": machine.peak_gib(),
         "first_seconds": round(seconds[0], 2),
-        "at_once": at_once or completions,
+        **({"at_once": at_once} if at_once else {}),
         "steps": len(seconds) - WARM_UP,
     }
 

@@ -8,6 +8,7 @@ same command goes on after what is there already.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,6 @@ class Job:
         told: what the process reads beside its points.
         before: makes what the process needs (models); its time does not count for the job.
         collect: reads the measurement from what a process left that does not write to `found.jsonl` itself.
-        finish: adds to a row what follows from it.
     """
 
     name: str
@@ -60,7 +60,6 @@ class Job:
     seconds: float = 300
     before: Callable[[], object] = lambda: None
     collect: Callable[[], Outcome] | None = None
-    finish: Callable[[Outcome], Outcome] = dict
 
 
 class Series:
@@ -75,8 +74,9 @@ class Series:
         self.work = work.resolve()
         self.end = time.monotonic() + 60 * minutes
         self.path = self.work / "found.jsonl"
-        (self.work / "logs").mkdir(parents=True, exist_ok=True)
-        self.points: dict[str, tuple[Job, Point]] = {}
+        for folder in ("jobs", "logs"):
+            (self.work / folder).mkdir(parents=True, exist_ok=True)
+        self.points: dict[str, Point] = {}
         self.earlier = {name for name, outcome in self.found().items() if "failed" in outcome} if again else set()
 
     def found(self) -> dict[str, Outcome]:
@@ -94,11 +94,20 @@ class Series:
         return self.end - time.monotonic()
 
     def run(self, jobs: Sequence[Job]) -> None:
+        """Measure what is not there yet. A signal to stop ends the process that is measured, too."""
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         for job in jobs:
-            self.points |= {point.name: (job, point) for point in job.points}
+            self.points |= {point.name: point for point in job.points}
         for job in jobs:
             done = self.found().keys() - self.earlier
             missing = [point for point in job.points if point.name not in done]
+            try:
+                if missing and self.left() > LEAST_SECONDS:
+                    job.before()
+            except subprocess.CalledProcessError as error:
+                for point in missing:
+                    self.keep(point.name, failed=f"what it needs could not be made: {error}")
+                continue
             idle = 0  # processes in a row that measured nothing
             while missing and idle < MOST_IDLE and self.left() > LEAST_SECONDS:
                 done = self.measure(job, missing)
@@ -111,18 +120,19 @@ class Series:
 
     def measure(self, job: Job, points: Sequence[Point]) -> dict[str, Outcome]:
         """One process of a job. Returns what came of it, by name: a fault of a process is that of its next point."""
-        job.before()
-        name = job.name.replace("/", "-").replace(" ", "-")
-        file, log = self.work / f"{name}.json", self.work / "logs" / f"{name}.log"
+        file, log = self.work / "jobs" / f"{as_file(job.name)}.json", log_of(self.work, job.name)
         told = {"found": str(self.path), "points": [{"name": p.name, **p.facts, **p.settings} for p in points]}
         file.write_text(json.dumps({**job.told, **told}, indent=1))
         limit = min(job.seconds, self.left())
         print(f"{job.name}: {len(points)} to measure, at most {limit:.0f} s", flush=True)
         begin, before = time.monotonic(), len(self.lines())
         words = [*job.command] if job.collect else [*job.command, str(file)]
-        code = in_time(words, log, limit, QUIET)
+        code = in_time(words, log, limit, environment(self.work))
         if job.collect is not None and code == 0:
-            self.keep(points[0].name, row=job.collect())
+            try:
+                self.keep(points[0].name, row=job.collect())
+            except (OSError, LookupError, ValueError) as error:
+                self.keep(points[0].name, failed=f"its figures cannot be read: {error!r}")
         measured = {outcome["name"] for outcome in self.lines()[before:]}
         fault = next((point.name for point in points if point.name not in measured), None)
         if fault and code is not None:
@@ -136,10 +146,10 @@ class Series:
         """Write `rows` and `failed` of all points of this series, and what `more` makes of the rows."""
         found = self.found()
         rows, failed = [], []
-        for name, (job, point) in self.points.items():
+        for name, point in self.points.items():
             outcome = found.get(name, {"failed": "not run: the time was over"})
             if "row" in outcome:
-                rows.append({**point.facts, **job.finish(outcome["row"])})
+                rows.append({**point.facts, **outcome["row"]})
             else:
                 failed.append({**point.facts, "reason": outcome["failed"]})
         report = {**machine.describe(), **more(rows), "failed": failed}
@@ -149,17 +159,25 @@ class Series:
         return report
 
 
+def as_file(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", name)
+
+
+def log_of(work: Path, job: str) -> Path:
+    return work / "logs" / f"{as_file(job)}.log"
+
+
 def keep(path: Path, name: str, **outcome: Any) -> None:
     """Append one measurement; also called by the processes that measure."""
     with path.open("a") as file:
         file.write(json.dumps({"name": name, **outcome}) + "\n")
 
 
-def in_time(words: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str]) -> int | None:
+def in_time(words: Sequence[str], log: Path, seconds: float, settings: Mapping[str, str]) -> int | None:
     """Run a command and return its exit code; None where it was ended after `seconds`."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(environment), start_new_session=True
+            words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(settings), start_new_session=True
         )
         try:
             return process.wait(seconds)
@@ -169,6 +187,12 @@ def in_time(words: Sequence[str], log: Path, seconds: float, environment: Mappin
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Of every process: no network, one card, and no files in the working directory."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return QUIET | {"CUDA_VISIBLE_DEVICES": visible, "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled")}
 
 
 def why(log: Path, code: int) -> str:

@@ -36,8 +36,6 @@ import series
 from series import HERE, Job, Outcome, Point, Series
 
 WARM_UP = 3  # steps that do not count: kernels are chosen, layers compiled
-FLOPS = 798e12  # bf16 matmuls of an H100, measured
-PER_PARAMETER = 4  # FLOP per parameter and token: forward, and backward without gradients of the frozen weights
 COLUMNS = ("case", "impl", "setting", "tokens_per_second", "rows_per_second", "peak_gib", "share_of_limit")
 Setting = tuple[bool, int, bool, str]  # packed, rows of the batch, checkpointing, optimizer
 
@@ -86,17 +84,18 @@ TINY = Case("tiny", "tiny-qwen3", 16, tokens_per_step=512, steps=6, grid=((True,
 # what TRL does unless told otherwise: padded rows, 8 of them, with checkpointing
 TRL: tuple[Setting, ...] = ((False, 8, True, "adamw_torch_fused"),)
 TRL_CASES = ("0.6b", "4b", "tiny")
+NO_PACKING = "no packing"  # an option of os-data; rows are padded, up to as many slots
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "--compile on": ("--compile", "on"),
-    "--compile off": ("--compile", "off"),
-    "--gradient-checkpointing none": ("--gradient-checkpointing", "none"),
-    "--gradient-checkpointing selective": ("--gradient-checkpointing", "selective"),
-    "--gradient-checkpointing full": ("--gradient-checkpointing", "full"),
-    "--pack-tokens 16384": ("--pack-tokens", "16384"),
-    "--pack-tokens 8192": ("--pack-tokens", "8192"),
-    "--pack-tokens 2048": ("--pack-tokens", "2048"),
-    "--optim adamw_8bit": ("--optim", "adamw_8bit"),
-    "--no-packing": ("--pack-tokens", "8192"),  # of os-data: rows are padded, up to as many slots
+    "compile on": ("--compile", "on"),
+    "compile off": ("--compile", "off"),
+    "checkpointing none": ("--gradient-checkpointing", "none"),
+    "checkpointing selective": ("--gradient-checkpointing", "selective"),
+    "checkpointing full": ("--gradient-checkpointing", "full"),
+    "packs of 16384": ("--pack-tokens", "16384"),
+    "packs of 8192": ("--pack-tokens", "8192"),
+    "packs of 2048": ("--pack-tokens", "2048"),
+    "optim adamw_8bit": ("--optim", "adamw_8bit"),
+    NO_PACKING: ("--pack-tokens", "8192"),
 }
 ABLATED = ("0.6b", "4b")
 
@@ -201,8 +200,8 @@ def facts(case: Case, impl: str, setting: str) -> dict[str, Any]:
 def ours(case: Case, data: Data, ablation: str = "") -> Job:
     """`os-sft`, with one option changed for an ablation."""
     name = f"{case.name}/opensloth" + (f"/{ablation}" if ablation else "")
-    packing = ablation != "--no-packing"
-    run = data.work / "runs" / name.replace("/", "-").replace(" ", "")
+    packing = ablation != NO_PACKING
+    run = data.work / "runs" / series.as_file(name)
     limit = case.memory_limit_gib
     program = ["-m", "opensloth.cli.sft"] if limit is None else [str(HERE / "limited.py"), str(limit)]
     command = [sys.executable, *program, str(data.directory(packing))]
@@ -217,27 +216,28 @@ def ours(case: Case, data: Data, ablation: str = "") -> Job:
         command=command,
         seconds=case.seconds,
         before=partial(data.make, case, packing),
-        collect=partial(read_run, run, case, data),
+        collect=partial(read_run, run, case, data, series.log_of(data.work, name)),
     )
 
 
-def read_run(run: Path, case: Case, data: Data) -> Outcome:
+def read_run(run: Path, case: Case, data: Data, log: Path) -> Outcome:
     """What a finished run of ours says of itself."""
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in logged if line["step"] > WARM_UP and "tokens_per_second" in line]
     record = json.loads((run / "job.json").read_text())
     optim, on_card = record["settings"]["optim"]["value"], record["world"]["devices"] != ["cpu"]
-    log = data.work / "logs" / f"{run.name}.log"
-    said = log.read_text(errors="replace") if log.exists() else ""
+    # steps have nearly equal tokens: their harmonic mean is tokens over seconds
+    speed = statistics.harmonic_mean([line["tokens_per_second"] for line in steps])
     return {
         "adapter_dtype": adapter_dtype(run / "adapter_model.safetensors"),
         "optimizer": ("adamw_torch_fused" if on_card else "adamw_torch") if optim == "auto" else optim,
-        # steps have nearly equal tokens: their harmonic mean is tokens over seconds
-        **speeds(statistics.harmonic_mean([line["tokens_per_second"] for line in steps]), case, data),
+        "tokens_per_second": round(speed, 1),
+        "rows_per_second": round(speed / data.mean_length(), 3),
+        "share_of_limit": models.share_of_limit(data.model(case), speed),
         "peak_gib": max(line["memory_gib"] for line in logged if "memory_gib" in line),
         "steps": len(steps),
         "tokens_per_step": case.tokens_per_step,
-        "plan": next(iter(re.findall(r"a step is .*", said)), ""),
+        "plan": next(iter(re.findall(r"a step is .*", log.read_text(errors="replace"))), ""),
     }
 
 
@@ -247,15 +247,6 @@ def adapter_dtype(path: Path) -> str:
     with safe_open(path, "np") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
     return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(min(kinds), min(kinds))
-
-
-def speeds(tokens_per_second: float, case: Case, data: Data) -> Outcome:
-    limit = FLOPS / PER_PARAMETER / models.parameters(data.model(case))
-    return {
-        "tokens_per_second": round(tokens_per_second, 1),
-        "rows_per_second": round(tokens_per_second / data.mean_length(), 3),
-        "share_of_limit": tokens_per_second / limit,
-    }
 
 
 def trl_grid(case: Case) -> tuple[Setting, ...]:
@@ -285,13 +276,7 @@ def peer(case: Case, impl: str, settings: tuple[Setting, ...], data: Data) -> Jo
         told=told,
         seconds=case.seconds,
         before=partial(data.make, case),
-        finish=partial(finished, case, data),
     )
-
-
-def finished(case: Case, data: Data, row: Outcome) -> Outcome:
-    """A peer's row with the columns that follow from its speed."""
-    return row | speeds(row["tokens_per_second"], case, data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -53,7 +52,8 @@ def main() -> None:
             if point["what"] == "step":
                 keep(path, point["name"], row=step)
             for one in beside:
-                keep(path, one["name"], row=rollout)
+                told = {"row": rollout} if rollout["seconds"] else {"failed": "its generation was not seen"}
+                keep(path, one["name"], **told)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -84,7 +84,7 @@ def measure(job: dict[str, Any], point: dict[str, Any]) -> tuple[dict[str, Any],
         **({"xformers": xformers()} if unsloth else {}),
     }
     step = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
-    rollout = {"seconds": round(generation, 4), "tokens_per_second": round(tokens / generation, 1)}
+    rollout = {"seconds": round(generation, 4), "tokens_per_second": round(tokens / (generation or 1.0), 1)}
     return {**step, "seconds_rollout": round(generation, 4), **common}, {**rollout, **common}
 
 
@@ -199,5 +199,4 @@ def now() -> float:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     main()

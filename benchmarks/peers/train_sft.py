@@ -9,7 +9,6 @@ libraries make them.
 import gc
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
+import models
 from limited import limit
 from series import keep
 
@@ -71,11 +71,14 @@ def measure(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     begin, *ends = clock.times[job["warm_up"] - 1 :]
     per_step = len(clock.tokens) // len(clock.times)
     tokens = sum(int(count) for count in clock.tokens[job["warm_up"] * per_step :])
+    speed = tokens / (ends[-1] - begin)
     adapter = next(weight for weight in model.parameters() if weight.requires_grad)
     return {
         "adapter_dtype": str(adapter.dtype).removeprefix("torch."),
-        "optimizer": str(trainer.args.optim.value),
-        "tokens_per_second": tokens / (ends[-1] - begin),
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "tokens_per_second": round(speed, 1),
+        "rows_per_second": round(speed * len(rows) / sum(map(len, rows["input_ids"])), 3),
+        "share_of_limit": models.share_of_limit(Path(job["model_directory"]), speed),
         "peak_gib": machine.peak_gib(),
         "steps": len(ends),
         "tokens_per_step": round(tokens / len(ends)),
@@ -221,5 +224,4 @@ def xformers() -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     main()
