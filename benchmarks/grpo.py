@@ -1,8 +1,8 @@
 """GRPO beside Unsloth and TRL: whole steps, and rollouts alone, of the same prompts with the same reward.
 
-usage: python benchmarks/grpo.py --tokenizer DIR --work FOLDER [--minutes 9.5] [--only WORD ...]
+usage: python benchmarks/grpo.py --tokenizer M --work FOLDER [--minutes 9.5] [--only WORD ...]
 
-DIR, FOLDER and the model as in benchmarks/sft.py, whose models are found again. Random weights hardly ever choose a
+M, FOLDER and the model as in benchmarks/sft.py, whose models are found again. Random weights hardly ever choose a
 token that ends a completion, so all completions are as long as they may be; what counts is the tokens really made.
 
 Whole steps of ours are the command `os-grpo` in its own process, measured by its metrics.jsonl after WARM_UP steps,
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import series
 from series import HERE, Job, Outcome, Point, Series
 
@@ -32,7 +33,7 @@ WARM_UP = 2  # steps of ours that do not count
 GROUP = 8
 REWARD = HERE / "peers" / "reward.py"
 COLUMNS = ("what", "completions", "new_tokens", "impl", "setting", "seconds", "tokens_per_second", "peak_gib")
-SPLIT = ("rollout", "rewards", "train", "sync", "batch")  # what metrics.jsonl says of a step's seconds
+SPLIT = ("rollout", "wait", "rewards", "train", "sync", "other")  # what metrics.jsonl says of a step's seconds
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,28 @@ def main() -> None:
     series.options(parser)
     arguments = parser.parse_args()
     found = Series(arguments.work, arguments.minutes, arguments.again)
-    data = Data(found.work, arguments.tokenizer, TINY if arguments.rehearse else FULL)
+    data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), TINY if arguments.rehearse else FULL)
     mine = [ours(data, size, setting) for size, setting in data.plan.ours]
     peers = [peer(data, size, impl, setting) for size, impl, setting in data.plan.peers]
     first = next((place for place, job in enumerate(mine) if "generate" in job.name), len(mine))
     jobs = [*mine[:first], rollouts(data), *peers, *mine[first:]]  # the table's figures first
     found.run(series.chosen(jobs, arguments.only))
-    report = found.report(arguments.output, "grpo", lambda rows: {"rows": sorted(rows, key=place)})
+    report = found.report(arguments.output, "grpo", compared)
     print(series.table(report["rows"], COLUMNS))
+    print(series.told(report["best"]))
     for failed in report["failed"]:
         what = f"{failed['what']} of {failed['completions']} x {failed['new_tokens']}"
         print(f"failed: {what} by {failed['impl']}, {failed['setting']}: {failed['reason']}")
 
 
-def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Rows that are compared stand beside each other."""
-    return row["what"], row["completions"], row["new_tokens"], row["seconds"]
+def compared(rows: list[Outcome]) -> Mapping[str, Any]:
+    """The rows, those that are compared beside each other, and the best of each library."""
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["what"], row["completions"], row["new_tokens"], row["seconds"]
+
+    best = series.best(rows, lambda row: "{what} {completions} x {new_tokens}".format(**row))
+    return {"rows": sorted(rows, key=place), "best": best}
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,8 @@ def card() -> str:
 
 
 def kind() -> str:
-    """The card in a word, as result files are named by it."""
-    name = card()
-    return next((word.lower() for word in ("H100", "H200") if word in name), name.lower().replace(" ", "-"))
+    """What result files are named after."""
+    return next((kind.lower() for kind in ("H100", "H200") if kind in card()), "cpu" if card() == "cpu" else "gpu")
 
 
 def peak_gib() -> float:

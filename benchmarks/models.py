@@ -1,9 +1,9 @@
 """Models with random weights in named shapes, for measurements of speed, which does not depend on the weights.
 
-usage: python benchmarks/models.py qwen3-0.6b OUT --tokenizer DIR
+usage: python benchmarks/models.py qwen3-0.6b OUT --tokenizer M
 
-DIR is a model directory whose tokenizer is taken over (SmolLM2's serves all of them); nothing comes from a network. The
-weights are made on the card where there is one: 0.6B take seconds, 8B half a minute, most of it writing.
+M is a model directory whose tokenizer is taken over, or a sample (sample:smollm2 serves all shapes); nothing comes from
+a network. The weights are made on the card where there is one: 0.6B take seconds, 8B half a minute, most of it writing.
 `tiny-qwen3` is for rehearsals on a CPU.
 """
 
@@ -55,6 +55,13 @@ def make(name: str, tokenizer_of: Path, output: Path, seed: int = 0) -> Path:
     return output
 
 
+def tokenizer_directory(spec: str) -> Path:
+    """The directory of a tokenizer, given as a directory or a sample."""
+    from opensloth.data.models.resolve import resolve_model
+
+    return Path(resolve_model(spec).base)
+
+
 def config(name: str, tokenizer: Any) -> Any:
     from transformers import Qwen3Config
 
@@ -91,9 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(SHAPES))
     parser.add_argument("output", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True, metavar="M")
     arguments = parser.parse_args()
-    made = make(arguments.name, arguments.tokenizer, arguments.output)
+    made = make(arguments.name, tokenizer_directory(arguments.tokenizer), arguments.output)
     print(f"{made}: {parameters(made) / 1e9:.3f} billion weights")
 
 

@@ -204,7 +204,7 @@ def why(log: Path, code: int) -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What all series can be told."""
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory whose tokenizer is taken over")
+    parser.add_argument("--tokenizer", required=True, metavar="M", help="a model directory, or sample:smollm2")
     parser.add_argument("--work", type=Path, required=True, help="where models, data, runs and what was found are kept")
     parser.add_argument("--minutes", type=float, default=9.5, help="of this call; the same command goes on")
     parser.add_argument(
@@ -231,6 +231,30 @@ def made_model(name: str, tokenizer: Path, work: Path) -> Path:
         command = [sys.executable, str(HERE / "models.py"), name, str(model), "--tokenizer", str(tokenizer)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return model
+
+
+def best(rows: Sequence[Outcome], case: Callable[[Outcome], str]) -> list[Outcome]:
+    """Of each case the fastest row of each library, and how many times as fast as theirs ours is."""
+    found: dict[str, dict[str, Outcome]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens_per_second"]):
+        found.setdefault(case(row), {})[row["impl"]] = {name: row[name] for name in ("setting", "tokens_per_second")}
+    result = []
+    for name, fastest in sorted(found.items()):
+        mine = fastest.get("opensloth", {}).get("tokens_per_second")
+        others = {impl: one["tokens_per_second"] for impl, one in fastest.items() if impl != "opensloth"}
+        times = {impl: round(mine / speed, 3) for impl, speed in others.items()} if mine else {}
+        result.append({"case": name, "fastest": fastest, "times_as_fast_as": times})
+    return result
+
+
+def told(best: Sequence[Outcome]) -> str:
+    """Ratios in words."""
+    lines = [
+        f"{one['case']}: {times:.2f} times as fast as the best of {impl} ({one['fastest'][impl]['setting']})"
+        for one in best
+        for impl, times in one["times_as_fast_as"].items()
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

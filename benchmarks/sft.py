@@ -1,10 +1,10 @@
 """SFT beside Unsloth and TRL: the same rows, the same model, the same limit of memory, one process after the other.
 
-usage: python benchmarks/sft.py --tokenizer DIR --work FOLDER [--minutes 9.5] [--only WORD ...] [--ablations]
+usage: python benchmarks/sft.py --tokenizer M --work FOLDER [--minutes 9.5] [--only WORD ...] [--ablations]
 
-DIR is a model directory whose tokenizer is taken over (that of sample:smollm2, in the cache after its first use); the
-models have random weights (models.py). What was measured is kept in FOLDER at once: where the time of a call is over,
-the same command goes on. Prints a table and writes benchmarks/results/sft-<card>.json.
+M is a model directory whose tokenizer is taken over, or sample:smollm2; the models have random weights (models.py). What
+was measured is kept in FOLDER at once: where the time of a call is over, the same command goes on. Prints a table and
+writes benchmarks/results/sft-<card>.json.
 
 The rows have log-normal lengths (median about 490 tokens, cut at 2048); every token is trained. `os-data` prepares them
 once, and all train on those ids. Ours is the command `os-sft` in its own process, with its defaults, and its speed is
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     arguments = parser.parse_args()
     found = Series(arguments.work, arguments.minutes, arguments.again)
-    data = Data(found.work, arguments.tokenizer, SMALL if arguments.rehearse else Rows())
+    data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), SMALL if arguments.rehearse else Rows())
     cases = (TINY,) if arguments.rehearse else CASES
     jobs = [job for case in cases for job in (ours(case, data), peer(case, "unsloth", case.grid, data))]
     jobs += [peer(case, "trl", trl_grid(case), data) for case in cases if case.name in TRL_CASES]
@@ -130,14 +130,16 @@ def main() -> None:
     found.run(series.chosen(jobs, arguments.only))
     report = found.report(arguments.output, "sft", divided)
     print(series.table([*report["rows"], *report["ablations"]], COLUMNS))
+    print(series.told(report["best"]))
     for failed in report["failed"]:
         print(f"failed: {failed['case']} {failed['impl']}, {failed['setting']}: {failed['reason']}")
 
 
 def divided(rows: list[Outcome]) -> Mapping[str, Any]:
-    """What is compared, and apart from it ours with options changed."""
-    ablations = [row for row in rows if row.pop("ablation", False)]
-    return {"rows": [row for row in rows if row not in ablations], "ablations": ablations}
+    """What is compared, the best of each library, and apart from it ours with options changed."""
+    ablations = [row for row in rows if row.get("ablation")]
+    rows = [row for row in rows if not row.get("ablation")]
+    return {"rows": rows, "best": series.best(rows, lambda row: row["case"]), "ablations": ablations}
 
 
 class Data:

@@ -6,7 +6,6 @@ Nothing of ours takes part but the prompts and the reward. A setting is the way 
 batches that train; the rollouts are timed in the steps of the first.
 """
 
-import gc
 import importlib
 import importlib.util
 import json
@@ -17,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_sft import load, load_with_unsloth, xformers
+from train_sft import go_on_with, load, load_with_unsloth, xformers
 
 import machine
 from series import keep
@@ -41,8 +40,10 @@ def main() -> None:
 
     steps = [point for point in job["points"] if point["what"] == "step"]
     rollouts = [point for point in job["points"] if point["what"] == "rollout"]
+    tried: set[str] = set()
     for point in steps or rollouts:
         beside = [one for one in rollouts if one["micro"] == point["micro"]]
+        tried |= {one["name"] for one in (point, *beside)}
         try:
             step, rollout = measure(job, point)
         except torch.OutOfMemoryError as error:
@@ -54,9 +55,7 @@ def main() -> None:
             for one in beside:
                 told = {"row": rollout} if rollout["seconds"] else {"failed": "its generation was not seen"}
                 keep(path, one["name"], **told)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        go_on_with(job, [one for one in job["points"] if one["name"] not in tried])
 
 
 def measure(job: dict[str, Any], point: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,6 +9,7 @@ libraries make them.
 import gc
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK, ALPHA = 16, 32
 ENOUGH_SECONDS = 15  # of measured steps; no more are done then
 LEAST_STEPS = 3
+MOST_KEPT = 2**29  # bytes that may stay on the card from one measurement to the next
 
 
 def main() -> None:
@@ -41,16 +43,28 @@ def main() -> None:
 
     if first["memory_limit_gib"]:
         limit(first["memory_limit_gib"])
-    for point in job["points"]:
+    for place, point in enumerate(job["points"]):
         try:
             row = measure(job, point)
         except torch.OutOfMemoryError as error:
             keep(Path(job["found"]), point["name"], failed=f"out of memory: {str(error).splitlines()[0]}")
         else:
             keep(Path(job["found"]), point["name"], row=row)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        go_on_with(job, job["points"][place + 1 :])
+
+
+def go_on_with(job: dict[str, Any], points: list[dict[str, Any]]) -> None:
+    """Free the card for the next model; where something holds on to the last one, begin the program anew."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.empty_cache()
+    if points and torch.cuda.memory_allocated() > MOST_KEPT:
+        Path(sys.argv[1]).write_text(json.dumps({**job, "points": points}))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def measure(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +165,7 @@ def make_trainer(
         learning_rate=2e-4,
         warmup_steps=2,
         optim=point["optimizer"],
+        dataset_num_proc=1,
         max_length=job["longest"],
         packing=point["packed"],
         gradient_checkpointing=point["checkpointing"],
