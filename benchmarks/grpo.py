@@ -17,7 +17,6 @@ is kept in FOLDER at once. Prints a table and writes benchmarks/results/grpo-<ca
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ class Data:
         command = [*(sys.executable, "-m", "opensloth.cli.data", "sample:arithmetic", "--method", "grpo")]
         command += ["--model", str(model), "--output", str(self.directory), "--chat-template", "reasoning"]
         command += ["--samples", str(self.plan.prompts)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        series.prepare(command, self.work, self.directory.name)
 
 
 def point(data: Data, size: Size, impl: str, setting: str, what: str, told: Mapping[str, Any]) -> Point:

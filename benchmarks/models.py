@@ -57,6 +57,8 @@ def make(name: str, tokenizer_of: Path, output: Path, seed: int = 0) -> Path:
 
 def tokenizer_directory(spec: str) -> Path:
     """The directory of a tokenizer, given as a directory or a sample."""
+    if Path(spec).is_dir():
+        return Path(spec)
     from opensloth.data.models.resolve import resolve_model
 
     return Path(resolve_model(spec).base)

@@ -22,6 +22,7 @@ import machine
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 20  # with less time than this left, nothing is begun
+PATIENCE = 300  # seconds for a model or data to be made
 MOST_IDLE = 2  # processes of a job that measure nothing, before the rest of it is given up
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -104,9 +105,9 @@ class Series:
             try:
                 if missing and self.left() > LEAST_SECONDS:
                     job.before()
-            except subprocess.CalledProcessError as error:
+            except NotMade as error:
                 for point in missing:
-                    self.keep(point.name, failed=f"what it needs could not be made: {error}")
+                    self.keep(point.name, failed=str(error))
                 continue
             idle = 0  # processes in a row that measured nothing
             while missing and idle < MOST_IDLE and self.left() > LEAST_SECONDS:
@@ -189,6 +190,19 @@ def in_time(words: Sequence[str], log: Path, seconds: float, settings: Mapping[s
                 process.wait()
 
 
+class NotMade(Exception):
+    """What a job needs could not be made."""
+
+
+def prepare(words: Sequence[str], work: Path, name: str) -> None:
+    """Run a command that makes a model or data. Raises NotMade with its reason."""
+    log = log_of(work, f"make {name}")
+    code = in_time(words, log, PATIENCE, environment(work))
+    if code != 0:
+        reason = f"not within {PATIENCE} s" if code is None else why(log, code)
+        raise NotMade(f"{name} could not be made: {reason}")
+
+
 def environment(work: Path) -> dict[str, str]:
     """Of every process: no network, one card, and no files in the working directory."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -229,7 +243,7 @@ def made_model(name: str, tokenizer: Path, work: Path) -> Path:
     if not model.exists():
         print(f"making {name}", flush=True)
         command = [sys.executable, str(HERE / "models.py"), name, str(model), "--tokenizer", str(tokenizer)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        prepare(command, work.resolve(), name)
     return model
 
 

@@ -2,9 +2,9 @@
 
 usage: python benchmarks/sft.py --tokenizer M --work FOLDER [--minutes 9.5] [--only WORD ...] [--ablations]
 
-M is a model directory whose tokenizer is taken over, or sample:smollm2; the models have random weights (models.py). What
-was measured is kept in FOLDER at once: where the time of a call is over, the same command goes on. Prints a table and
-writes benchmarks/results/sft-<card>.json.
+M is a model directory whose tokenizer is taken over, or sample:smollm2; the models have random weights (models.py).
+What was measured is kept in FOLDER at once: where the time of a call is over, the same command goes on (of all that
+lies there, found.jsonl is enough). Prints a table and writes benchmarks/results/sft-<card>.json.
 
 The rows have log-normal lengths (median about 490 tokens, cut at 2048); every token is trained. `os-data` prepares them
 once, and all train on those ids. Ours is the command `os-sft` in its own process, with its defaults, and its speed is
@@ -21,7 +21,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,7 +163,7 @@ class Data:
         command = [*(sys.executable, "-m", "opensloth.cli.data", str(source), "--model", str(model))]
         command += ["--output", str(directory), "--max-seq-length", str(self.rows.longest)]
         command += [] if packing else ["--no-packing"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        series.prepare(command, self.work, directory.name)
 
     def mean_length(self) -> float:
         manifest = json.loads((self.directory() / "manifest.json").read_text())

@@ -146,6 +146,25 @@ def test_without_time_nothing_is_begun_and_the_report_says_so(tmp_path):
     assert report["failed"] == [{"impl": "a", "reason": "not run: the time was over"}]
 
 
+def test_what_cannot_be_made_fails_what_needs_it_and_nothing_else(tmp_path):
+    def before():
+        series.prepare([sys.executable, "-c", "raise OSError('No space left')"], tmp_path, "a model")
+
+    run = series.Series(tmp_path, minutes=1)
+    run.run([job("one", KEEP_FIRST, points="a", before=before), job("two", KEEP_FIRST, points="a")])
+    reason = "a model could not be made: exit code 1: OSError: No space left"
+    assert outcomes(run) == {"one/a": reason, "two/a": "measured"}
+
+
+def test_the_best_of_each_library_are_compared():
+    speeds = [("opensloth", 30.0), ("unsloth", 5.0), ("unsloth", 10.0), ("trl", 3.0)]
+    rows = [{"impl": impl, "setting": f"at {speed}", "tokens_per_second": speed} for impl, speed in speeds]
+    [best] = series.best(rows, lambda row: "a case")
+    assert best["times_as_fast_as"] == {"trl": 10.0, "unsloth": 3.0}
+    assert best["fastest"]["unsloth"]["setting"] == "at 10.0"
+    assert "3.00 times as fast as the best of unsloth (at 10.0)" in series.told([best])
+
+
 def test_rows_are_as_long_as_they_should_be(tmp_path):
     import sft
 
