@@ -258,7 +258,7 @@ def peer(case: Case, impl: str, settings: tuple[Setting, ...], data: Data) -> Jo
     """A process of Unsloth or TRL that goes through settings."""
     points = []
     for packed, batch, checkpointing, optimizer in settings:
-        words = ["packed" if packed else "padded", f"{batch} x {data.rows.longest}" if packed else f"{batch} rows"]
+        words = ["packed" if packed else "not packed", f"{batch} x {data.rows.longest}" if packed else f"{batch} rows"]
         words += ["checkpointing" if checkpointing else "no checkpointing", optimizer]
         setting = ", ".join(words)
         told = {"packed": packed, "batch": batch, "checkpointing": checkpointing, "optimizer": optimizer}

@@ -94,6 +94,7 @@ def measure(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
         "rows_per_second": round(speed * len(rows) / sum(map(len, rows["input_ids"])), 3),
         "share_of_limit": models.share_of_limit(Path(job["model_directory"]), speed),
         "peak_gib": machine.peak_gib(),
+        "packed": bool(trainer.args.packing),  # unsloth may decide against it
         "steps": len(ends),
         "tokens_per_step": round(tokens / len(ends)),
         "loss": round(trainer.state.log_history[0]["loss"], 4),
