@@ -26,6 +26,7 @@ from typing import Any
 
 import models
 import series
+import tables
 from series import HERE, Job, Outcome, Point, Series
 
 WARM_UP = 2  # steps of ours that do not count
@@ -94,8 +95,8 @@ def main() -> None:
     jobs = [*mine[:first], rollouts(data), *peers, *mine[first:]]  # the table's figures first
     found.run(series.chosen(jobs, arguments.only))
     report = found.report(arguments.output, "grpo", compared)
-    print(series.table(report["rows"], COLUMNS))
-    print(series.told(report["best"]))
+    print(tables.table(report["rows"], COLUMNS))
+    print(tables.told(report["best"]))
     for failed in report["failed"]:
         what = f"{failed['what']} of {failed['completions']} x {failed['new_tokens']}"
         print(f"failed: {what} by {failed['impl']}, {failed['setting']}: {failed['reason']}")
@@ -107,7 +108,7 @@ def compared(rows: list[Outcome]) -> Mapping[str, Any]:
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return row["what"], row["completions"], row["new_tokens"], row["seconds"]
 
-    best = series.best(rows, lambda row: "{what} {completions} x {new_tokens}".format(**row))
+    best = tables.best(rows, lambda row: "{what} {completions} x {new_tokens}".format(**row))
     return {"rows": sorted(rows, key=place), "best": best}
 
 

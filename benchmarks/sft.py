@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import models
 import series
+import tables
+from random_rows import SMALL, Rows, write_rows
 from series import HERE, Job, Outcome, Point, Series
 
 WARM_UP = 3  # steps that do not count: kernels are chosen, layers compiled
@@ -99,20 +99,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 ABLATED = ("0.6b", "4b")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How many, and how long. `lengths` of a row: exp of a normal with mean log(median) and `spread`."""
-
-    count: int = 1536
-    median: float = 492.7  # exp(6.2)
-    spread: float = 0.7
-    shortest: int = 32
-    longest: int = 2048
-
-
-SMALL = Rows(count=64, median=40, shortest=8, longest=128)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
@@ -128,8 +114,8 @@ def main() -> None:
         jobs += [ours(case, data, name) for case in ablated for name in ABLATIONS]
     found.run(series.chosen(jobs, arguments.only))
     report = found.report(arguments.output, "sft", divided)
-    print(series.table([*report["rows"], *report["ablations"]], COLUMNS))
-    print(series.told(report["best"]))
+    print(tables.table([*report["rows"], *report["ablations"]], COLUMNS))
+    print(tables.told(report["best"]))
     for failed in report["failed"]:
         print(f"failed: {failed['case']} {failed['impl']}, {failed['setting']}: {failed['reason']}")
 
@@ -138,7 +124,7 @@ def divided(rows: list[Outcome]) -> Mapping[str, Any]:
     """What is compared, the best of each library, and apart from it ours with options changed."""
     ablations = [row for row in rows if row.get("ablation")]
     rows = [row for row in rows if not row.get("ablation")]
-    return {"rows": rows, "best": series.best(rows, lambda row: row["case"]), "ablations": ablations}
+    return {"rows": rows, "best": tables.best(rows, lambda row: row["case"]), "ablations": ablations}
 
 
 class Data:
@@ -168,22 +154,6 @@ class Data:
     def mean_length(self) -> float:
         manifest = json.loads((self.directory() / "manifest.json").read_text())
         return float(manifest["tokens"] / manifest["rows_kept"])
-
-
-def write_rows(tokenizer: Path, target: Path, rows: Rows, seed: int = 0) -> None:
-    """Texts of random words that are a token each, so that a row has the wanted length; the end token is its last."""
-    from tokenizers import Tokenizer
-
-    reader = Tokenizer.from_file(str(tokenizer))
-    single = [reader.decode([token]) for token in range(reader.get_vocab_size())]
-    words = [word for word in single if re.fullmatch(" [a-z]+", word) and len(reader.encode(word).ids) == 1]
-    chance = np.random.default_rng(seed)
-    lengths = chance.lognormal(np.log(rows.median), rows.spread, rows.count)
-    lengths = np.clip(lengths, rows.shortest, rows.longest).astype(int)
-    with target.open("w", encoding="utf-8") as file:
-        for length in lengths:
-            text = "".join(words[at] for at in chance.integers(len(words), size=length - 1))
-            file.write(json.dumps({"text": text}) + "\n")
 
 
 def facts(case: Case, impl: str, setting: str) -> dict[str, Any]:

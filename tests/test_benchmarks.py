@@ -15,7 +15,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import models  # noqa: E402
+import random_rows  # noqa: E402
 import series  # noqa: E402
+import tables  # noqa: E402
 
 PATIENCE = 240
 SFT_NUMBERS = ("tokens_per_second", "rows_per_second", "peak_gib", "share_of_limit")
@@ -159,18 +161,16 @@ def test_what_cannot_be_made_fails_what_needs_it_and_nothing_else(tmp_path):
 def test_the_best_of_each_library_are_compared():
     speeds = [("opensloth", 30.0), ("unsloth", 5.0), ("unsloth", 10.0), ("trl", 3.0)]
     rows = [{"impl": impl, "setting": f"at {speed}", "tokens_per_second": speed} for impl, speed in speeds]
-    [best] = series.best(rows, lambda row: "a case")
+    [best] = tables.best(rows, lambda row: "a case")
     assert best["times_as_fast_as"] == {"trl": 10.0, "unsloth": 3.0}
     assert best["fastest"]["unsloth"]["setting"] == "at 10.0"
-    assert "3.00 times as fast as the best of unsloth (at 10.0)" in series.told([best])
+    assert "3.00 times as fast as the best of unsloth (at 10.0)" in tables.told([best])
 
 
 def test_rows_are_as_long_as_they_should_be(tmp_path):
-    import sft
-
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    sft.write_rows(tmp_path / "tokenizer.json", tmp_path / "rows.jsonl", sft.Rows(300, 40, 0.7, 8, 128))
+    random_rows.write_rows(tmp_path / "tokenizer.json", tmp_path / "rows.jsonl", random_rows.Rows(300, 40, 0.7, 8, 128))
     texts = [json.loads(line)["text"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     lengths = sorted(len(tokenizer(text)["input_ids"]) + 1 for text in texts)  # and the token that ends it
     assert (lengths[0], lengths[-1]) == (8, 128)
