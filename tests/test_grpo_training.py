@@ -16,6 +16,7 @@ from grpo_fixtures import (
     BATCH,
     MAX_NEW,
     PROBLEMS,
+    adapter_bytes,
     begin,
     make_adapter,
     make_place,
@@ -34,6 +35,7 @@ from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
 from opensloth.rewards import choose
 from opensloth.rewards.gold import FAILURES
+from opensloth.rollout import generate as generate_module
 from opensloth.rollout.generate import generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training import grpo
@@ -100,6 +102,38 @@ def stop_after(monkeypatch):
                 signal.raise_signal(signal.SIGUSR1)
 
         monkeypatch.setattr(Metrics, "on_log", log_and_signal)
+
+    yield choose
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def stop_while(monkeypatch):
+    """The run of this process is asked to stop as it writes the fifth token of completions that `which(noise)` picks.
+
+    Returns the tokens that were begun when it was asked.
+    """
+    inner = grpo.generate
+
+    def choose(which):
+        asked = []
+
+        def generate_and_signal(*arguments, noise, halt, **more):
+            picked, tokens = not asked and which(noise), 0
+
+            def counted():
+                nonlocal tokens
+                tokens += 1
+                if picked and tokens == 5:
+                    signal.raise_signal(signal.SIGUSR1)
+                if picked and tokens >= 5:
+                    asked.append(tokens)
+                return halt()
+
+            return inner(*arguments, noise=noise, halt=counted, **more)
+
+        monkeypatch.setattr(grpo, "generate", generate_and_signal)
+        return asked
 
     yield choose
     monkeypatch.undo()
@@ -250,9 +284,9 @@ def test_groups_without_a_spread_are_counted_whatever_advantages_are_divided_by(
 @pytest.mark.parametrize(
     ("ways", "asked", "stopped", "steps"),
     [
-        (("--model", "adapter", "--beta", 0.1), 1, 2, 4),
-        (("--model", "adapter", "--updates-per-batch", 2, "--save-steps", 2, "--beta", 0.1), 2, 4, 6),
-        (("--full-finetuning", "--beta", 0.1), 1, 2, 3),
+        (("--model", "adapter", "--beta", 0.1), 1, 1, 4),
+        (("--model", "adapter", "--updates-per-batch", 2, "--save-steps", 2, "--beta", 0.1), 1, 2, 6),
+        (("--full-finetuning", "--beta", 0.1), 1, 1, 3),
     ],
     ids=["reference", "updates", "full"],
 )
@@ -277,6 +311,49 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(here, stop_after, 
     for key in ("loss", "kl", "reward"):
         logged = [[entry[key] for entry in metrics(here / name, key)] for name in ("cut", "whole")]
         assert logged[0] == logged[1] != [], key
+
+
+@pytest.mark.parametrize(
+    ("writer", "ways", "batch", "kept"),
+    [
+        ("ours", (), 2, 2),
+        ("graph", ("--rollout", "graph", "--updates-per-batch", 2, "--save-steps", 2), 1, 2),
+        ("transformers", (), 0, 0),
+    ],
+)
+def test_completions_in_flight_are_dropped_and_drawn_again(here, stop_while, monkeypatch, writer, ways, batch, kept):
+    if writer == "transformers":
+        monkeypatch.setattr(generate_module, "serves", lambda policy: False)
+    job = (*OWN, "--max-steps", 4, *ways, "--force")
+    whole, cut = here / "flight-whole", here / "flight-cut"
+    train(*job, "--output", whole)
+    asked = stop_while(lambda noise: noise is not None and noise.step == batch)
+    said = train(*job, "--output", cut, expect=75)
+    assert asked == [5]  # at the fifth token, and no token more was written
+    assert f"Stopped by SIGUSR1 {f'after step {kept}, which is saved' if kept else 'before the first step'}" in said
+    assert [path.name for path in (cut / "checkpoints").glob("*")] == ([f"checkpoint-{kept}"] if kept else [])
+    said = train(*job[:-1], "--output", cut)
+    assert (f"checkpoints/checkpoint-{kept}" in said) == (kept > 0)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert [entry["loss"] for entry in metrics(cut)] == [entry["loss"] for entry in metrics(whole)]
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_dropped_evaluation_is_made_up_for(run, here, stop_while, at):
+    """Before the first step, between two, and after the last one."""
+    cut = here / f"held-cut-{at}"
+    evaluations = iter((0, 2, 3))
+    asked = stop_while(lambda noise: noise is None and next(evaluations) == at)
+    train(*HELD, "--output", cut, expect=75)
+    assert asked == [5]
+    train(*HELD, "--output", cut)
+    assert adapter_bytes(cut) == adapter_bytes(run)
+    for key in ("loss", "eval_reward", "eval_pass_at_1"):
+        found, expected = ([(entry["step"], entry[key]) for entry in metrics(at, key)] for at in (cut, run))
+        assert found == expected, key
+    assert record(cut / "best", "best.json") == record(run / "best", "best.json")
+    events = EventAccumulator(str(cut / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("eval/reward")] == [0, 2, 3]
 
 
 # --- where a run begins ------------------------------------------------------------------------------------------

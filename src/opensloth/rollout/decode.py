@@ -7,7 +7,7 @@ transformers' own models with plain attention over everything; `serves` says whi
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,24 @@ from opensloth.rollout import grouped
 from opensloth.rollout.sampling import Sampling, choose
 
 WORDS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+Halt = Callable[[], bool]
+"""Whether completions are no longer wanted. It is asked at every token, and looks at nothing on the card."""
+
 LEAVE = 0.8  # the batch shrinks when no more than this share of it goes on: shrinking copies the memory
+
+
+class Halted(Exception):
+    """Completions that were being written are no longer wanted."""
+
+
+def never() -> bool:
+    return False
+
+
+def go_on(halt: Halt) -> None:
+    """Raise Halted where `halt` says so."""
+    if halt():
+        raise Halted
 
 
 def serves(policy: torch.nn.Module) -> bool:
@@ -116,11 +133,14 @@ def decode(
     max_new: int,
     sampling: Sampling,
     uniforms: torch.Tensor | None,
+    halt: Halt = never,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """One batch. `uniforms`: (prompts, max_new), on the model's device.
 
     Returns:
         For each prompt the tokens up to the first stop token, with it, and their log-probabilities.
+    Raises:
+        Halted: as soon as `halt` says so.
     """
     device = next(policy.parameters()).device
     ids, mask, places = lay_out(prompts, pad, device)
@@ -138,6 +158,7 @@ def decode(
             layer.spread(source, max_new)
         mask = torch.cat([mask[source], mask.new_ones(len(prompts), max_new)], 1)
         for at in range(max_new):
+            go_on(halt)
             chosen, values = choose(logits, sampling, None if uniforms is None else uniforms[rows, at])
             tokens[rows, at], logprobs[rows, at] = chosen, values
             ended = torch.isin(chosen, ends) & open_

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
-from opensloth.rollout.decode import decode, left_padded, serves
+from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, serves
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 ON_CPU = 64  # completions at once
@@ -23,7 +23,7 @@ MOST = 1024  # beyond this a card is busy
 
 
 Write = Callable[..., tuple[list[list[int]], list[list[float]]]]
-"""`write(policy, prompts, stops, pad, max_new, sampling, uniforms)`: tokens and log-probabilities, as decode.decode."""
+"""`write(policy, prompts, stops, pad, max_new, sampling, uniforms, halt)`: tokens and log-probabilities, as decode."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def generate(
     batch: int | None = None,
     write: Write | None = None,
     done: Callable[[int], None] | None = None,
+    halt: Halt = never,
 ) -> list[Rollout]:
     """Completions, in the order of the prompts.
 
@@ -59,7 +60,9 @@ def generate(
         batch: completions made at once. What is written does not depend on it, but for rounding.
         write: what completes a batch; else our own loop, or transformers' where that does not serve.
         done: called with the number of finished completions.
+        halt: says when they are no longer wanted.
     Raises:
+        Halted: `halt` said so; the model is as it was.
         ValueError: sampling without noise, or with another number of slots than prompts; an empty prompt.
         FloatingPointError: the model's logits are not finite.
     """
@@ -79,7 +82,7 @@ def generate(
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = None if uniforms is None else uniforms[rows].to(device)
-            written = complete(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers)
+            written = complete(policy, [prompts[row] for row in rows], stops, pad, max_new, sampling, numbers, halt)
             for row, tokens, logprobs in zip(rows, *written, strict=True):
                 found[row] = rollout(tokens, logprobs, stops)
             if done is not None:
@@ -125,10 +128,11 @@ def by_transformers(
     max_new: int,
     sampling: Sampling,
     uniforms: torch.Tensor | None,
+    halt: Halt = never,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """What `decode` does, for any model. After a stop token there may be more, without a meaning."""
     ids, mask = left_padded(prompts, pad, next(policy.parameters()).device)
-    chooser = Chooser(sampling, uniforms)
+    chooser = Chooser(sampling, uniforms, halt)
     settings = GenerationConfig(
         max_new_tokens=max_new, do_sample=False, use_cache=True, eos_token_id=list(stops) or None, pad_token_id=pad
     )
@@ -144,12 +148,14 @@ def by_transformers(
 class Chooser(LogitsProcessor):  # type: ignore[misc]
     """Chooses the token of each step and leaves only that one to `generate`."""
 
-    def __init__(self, sampling: Sampling, uniforms: torch.Tensor | None) -> None:
+    def __init__(self, sampling: Sampling, uniforms: torch.Tensor | None, halt: Halt) -> None:
         self.sampling = sampling
+        self.halt = halt
         self.uniforms = uniforms
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        go_on(self.halt)
         numbers = None if self.uniforms is None else self.uniforms[:, len(self.logprobs)]
         chosen, logprobs = choose(scores, self.sampling, numbers)
         self.logprobs.append(logprobs)

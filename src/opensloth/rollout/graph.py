@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from opensloth.rollout.decode import grouped_attention, lay_out, step
+from opensloth.rollout.decode import Halt, go_on, grouped_attention, lay_out, never, step
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
 
@@ -101,6 +101,7 @@ class GraphDecoder:
         max_new: int,
         sampling: Sampling,
         uniforms: torch.Tensor | None,
+        halt: Halt = never,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """As `decode.decode`; what follows a stop token is for the caller to cut."""
         device = next(policy.parameters()).device
@@ -113,6 +114,7 @@ class GraphDecoder:
             state = self.room(cache, len(prompts), longest + max_new, max_new, device)
             if device.type == "cuda":
                 for length in range(longest + 1, longest + max_new, BUCKET):
+                    go_on(halt)
                     self.record(policy, state, bucket(length), *how)
                 self.record(policy, state, bucket(longest + max_new - 1), *how)
             missing = state.rows - len(prompts)
@@ -130,6 +132,7 @@ class GraphDecoder:
                 state.uniforms[: len(prompts), :max_new] = uniforms
             state.write(logits[source], *how)
             for at in range(1, max_new):
+                go_on(halt)
                 if at % CHECK_EVERY == 0 and not bool(state.open.any()):
                     break
                 self.advance(policy, state, bucket(longest + at), *how)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from opensloth import paths
+from opensloth.rollout.decode import Halt, never
 from opensloth.rollout.generate import Write, rollout, writer_for
 from opensloth.rollout.sampling import Sampling
 
@@ -61,9 +62,10 @@ class Recorder:
         max_new: int,
         sampling: Sampling,
         uniforms: torch.Tensor | None,
+        halt: Halt = never,
     ) -> tuple[list[list[int]], list[list[float]]]:
         complete = self.inner or writer_for(policy)
-        written = complete(policy, prompts, stops, pad, max_new, sampling, uniforms)
+        written = complete(policy, prompts, stops, pad, max_new, sampling, uniforms, halt)
         if uniforms is None:
             return written
         own = [rollout(tokens, logprobs, stops) for tokens, logprobs in zip(*written, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run tells while it works: TensorBoard, metrics.jsonl, a line for the person; and how it stops on a signal."""
+"""What a run tells while it works: TensorBoard, metrics.jsonl, a line for the person; that processes agree."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log, paths
@@ -16,7 +15,6 @@ from opensloth.data.plan.batches import Batches
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
 from opensloth.launch import pulse
-from opensloth.launch.stop import StopRequest
 from opensloth.training.everyone import of_all
 from opensloth.training.loader import Steps
 
@@ -50,19 +48,24 @@ class Metrics(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.keep_until(state.global_step)
+        self.keep_before(self.first_logged(state))
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what a cut-off run logged after the checkpoint that this one resumes from
-            self.writer = SummaryWriter(str(self.tensorboard), purge_step=state.global_step + 1, flush_secs=5)
+            self.writer = SummaryWriter(str(self.tensorboard), purge_step=self.first_logged(state), flush_secs=5)
         self.step, self.at, self.shown = state.global_step, time.monotonic(), 0.0
         self.begin = (self.step, self.at)
 
-    def keep_until(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run logs it again."""
+    @staticmethod
+    def first_logged(state: TrainerState) -> int:
+        """The first step that this call of the run logs. Before step 1 what it starts from is logged, as step 0."""
+        return int(state.global_step) + 1 if state.global_step else 0
+
+    def keep_before(self, step: int) -> None:
+        """Drop what was logged from `step` on: a resumed run logs it again."""
         lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # a killed run's last is half
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if json.loads(line)["step"] < step]
         paths.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -149,31 +152,6 @@ class BatchesMetrics(Metrics):
         if "eval_pass_at_1" not in logs:
             return f"held out: reward {logs['eval_reward']:.3f}"
         return f"held out: {logs['eval_pass_at_1']:.1%} right, {logs['eval_format_rate']:.1%} in the format"
-
-
-class StopOnSignal(TrainerCallback):
-    """A request to stop, on any process: all save the step they have just completed, and end.
-
-    Args:
-        every: steps after which they may end.
-    """
-
-    def __init__(self, every: int = 1) -> None:
-        self.every = every
-        self.request = StopRequest().install()
-        self.stopped = False
-        # A group on the CPU: to ask the others never makes the host wait for its card.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stop = self.request.name is not None
-        if self.group is not None:
-            flag = torch.tensor(int(stop))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-            stop = bool(flag)
-        if stop and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
 
 
 class Alive(TrainerCallback):

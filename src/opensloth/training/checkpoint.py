@@ -24,6 +24,11 @@ def complete(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps that a complete checkpoint has behind it."""
+    return int(paths.read_json(checkpoint / STATE, "a checkpoint")["global_step"])
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether all files with which the checkpoint was saved are there, and as long as they were."""
     try:

@@ -19,12 +19,14 @@ from opensloth.data.tokens.prompts import PromptRow
 from opensloth.engine import attention
 from opensloth.engine.policy import TokenScores
 from opensloth.errors import WorkerFailed
+from opensloth.rollout.decode import Halted, never
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.held_out import HeldOut, gathered
 from opensloth.training.micro_batches import Gaps, Micro, cut, gathers_unequal, weighted
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
+from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, kept_weights
 
 NOT_FOR_REWARDS = {"image", "images", "environment"}  # columns that TRL gives a meaning of its own
@@ -71,6 +73,7 @@ def trainer_class() -> type[Any]:
         """TRL's trainer; each item of its loader is the prompts of one batch of completions (`prompts.Asked`)."""
 
         control: Any  # transformers' TrainerControl
+        stop: StopOnSignal | None = None
 
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
@@ -146,10 +149,13 @@ def trainer_class() -> type[Any]:
             }
 
         def complete(self, prompts: list[list[int]], sampling: Sampling, noise: Noise | None) -> list[Rollout]:
+            """Raises Dropped on all processes, once each is through, where any of them was asked to stop meanwhile."""
             run = self.run
+            stop = self.stop if self.stop and self.stop.may_end(self.state) else None
+            found: list[Rollout] = []
             try:
-                with self.compute_loss_context_manager():
-                    return generate(
+                with self.compute_loss_context_manager(), contextlib.suppress(Halted):
+                    found = generate(
                         self.model,
                         prompts,
                         stops=run.stops,
@@ -159,12 +165,16 @@ def trainer_class() -> type[Any]:
                         noise=noise,
                         write=run.write,
                         batch=run.at_once,
+                        halt=stop.asked if stop else never,
                     )
             except FloatingPointError as error:
                 raise WorkerFailed(
                     f"After step {self.state.global_step}: {error}.",
                     "Lower --lr, or start from another model. The last checkpoint is kept.",
                 ) from error
+            if stop:
+                stop.drop_if_asked()
+            return found
 
         def _calculate_rewards(self, *arguments: Any) -> Any:
             begin = time.monotonic()

@@ -18,9 +18,10 @@ from opensloth.engine import Engine
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint
-from opensloth.training.callbacks import Alive, SameAdapter, StopOnSignal
+from opensloth.training.callbacks import Alive, SameAdapter
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place, leave
+from opensloth.training.stopping import Dropped, StopOnSignal
 from opensloth.training.trainer import RunFiles
 
 # accelerate names the CPU of one of several processes "cpu:0", where transformers has torch load the optimizer's state
@@ -56,11 +57,11 @@ def train_to_the_end(
 
     Args:
         finish: saves what was trained and returns the run's figures; it is given the seconds of training.
-        every: steps after which a signal is heeded (GRPO ends between two batches of completions).
+        every: steps after which the run can end (GRPO's between two batches of completions).
     Raises:
         RunStopped: a signal; the last step is saved.
     """
-    stop = StopOnSignal(every)
+    trainer.stop = stop = StopOnSignal(every)
     trainer.add_callback(stop)
     trainer.add_callback(Alive())
     trainer.remove_callback(PrinterCallback)  # our own line says it better
@@ -70,14 +71,17 @@ def train_to_the_end(
     if resume and place.leads:
         log.say(f"going on from {resume}")
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.saved_step = checkpoint.step_of(resume) if resume else 0
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if not stop.stopped and trainer.eval_dataset is not None and not evaluated(trainer):
+            trainer.evaluate()
+    except Dropped:
+        stop.stopped = True
+        if trainer.saved_step != trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model, None)
     if stop.stopped:
-        raise RunStopped(
-            f"Stopped by {stop.request.name or 'a signal'} after step {trainer.state.global_step}, which is saved.",
-            "The same command goes on from there.",
-        )
-    if trainer.eval_dataset is not None and not evaluated(trainer):
-        trainer.evaluate()
+        raise stopped(stop.request.name or "a signal", trainer.state.global_step)
     figures = finish(time.monotonic() - begin)
     hashes = of_all(weights_hash(trainer.model))
     if place.leads:
@@ -86,6 +90,12 @@ def train_to_the_end(
         same = {"weights_sha256": hashes[0], "processes_with_these_weights": hashes.count(hashes[0])}
         paths.write_json(run_dir / "result.json", {**figures, **same})
     leave()
+
+
+def stopped(by: str, step: int) -> RunStopped:
+    if step == 0:
+        return RunStopped(f"Stopped by {by} before the first step was complete.", "The same command begins anew.")
+    return RunStopped(f"Stopped by {by} after step {step}, which is saved.", "The same command goes on from there.")
 
 
 def evaluated(trainer: Any) -> bool:

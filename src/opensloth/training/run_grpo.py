@@ -31,7 +31,7 @@ from opensloth.training.callbacks import BatchesMetrics
 from opensloth.training.place import Place
 from opensloth.training.prompts import Prompts
 from opensloth.training.rehearsal import grpo_attempt, rehearse
-from opensloth.training.run import run_files, seed_of, train_to_the_end
+from opensloth.training.run import evaluated, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
 
 KEPT = 0.2  # of a card's free memory, for the buffers of rollouts
@@ -195,13 +195,14 @@ def build_trainer(
 
 
 class FirstLook(TrainerCallback):
-    """Evaluates before the first step: what the run starts from."""
+    """Evaluates before the first step, what the run starts from; and where a signal ended an evaluation."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
+        due = state.global_step % args.eval_steps == 0
+        if due and not evaluated(self.trainer):
             self.trainer.evaluate()
 
 

@@ -56,6 +56,7 @@ class KeepsRun:
     state: Any
     model: Any
     accelerator: Any
+    saved_step = 0  # the last one that has a checkpoint
     writing = False  # whether checkpoints go to the staging folder at the moment
 
     def rows_of(self, step: int) -> list[int]:
@@ -104,6 +105,7 @@ class KeepsRun:
             self.accelerator.wait_for_everyone()
             if self.leads:
                 checkpoint.publish(directory, name, self.files.keep_checkpoints)
+            self.saved_step = self.state.global_step
         except (OSError, RuntimeError, SafetensorError) as error:
             if not (refused := unwritable(error)):
                 raise
