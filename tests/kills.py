@@ -62,9 +62,9 @@ def make_place(directory: Path) -> Path:
     return directory
 
 
-def begin(place: Path, method: str, output: str) -> subprocess.Popen:
+def begin(place: Path, method: str, output: str, *more: str) -> subprocess.Popen:
     module, *arguments = COMMANDS[method]
-    words = [*arguments, "--max-steps", STEPS[method], "--save-steps", 2, "--processes", 2, "--output", output]
+    words = [*arguments, "--max-steps", STEPS[method], "--save-steps", 2, "--processes", 2, "--output", output, *more]
     log = (place / f"{output}.out").open("ab")
     with log:
         return subprocess.Popen(

@@ -664,6 +664,17 @@ def advised(logs, capsys, *, steps=1, stop=False):
     return out.out + out.err, control.should_training_stop
 
 
+def test_logs_without_a_spread_are_counted_on_where_a_run_goes_on():
+    advice = Advice(stop=True, speaks=False, max_new=64, every=1)
+    before = [{"frac_reward_zero_std": share} for share in (1.0, 0.5, *[1.0] * (PATIENCE - 1))]
+    control, args = TrainerControl(), SimpleNamespace(logging_steps=1)
+    state = SimpleNamespace(global_step=len(before), max_steps=100, log_history=[*before, {"eval_reward": 1.0}])
+    advice.on_train_begin(args, state, control)
+    assert advice.flat == PATIENCE - 1
+    advice.on_log(args, state, control, {"frac_reward_zero_std": 1.0})
+    assert control.should_training_stop
+
+
 def test_problems_that_are_all_solved_are_called_so(capsys):
     said, _ = advised({"pass_rate": 1.0}, capsys, steps=3)
     assert said.count("have nothing to teach") == 1

@@ -4,6 +4,7 @@ import math
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,14 @@ def test_the_demo_scores_nothing_and_shows_every_nth_batch(capsys: pytest.Captur
     assert "  | What?" in shown[0]
     assert "  | text 0 [bold]\\x1b[31m" in shown[0], "markup and control characters are shown, not obeyed"
     assert "  | 42" in shown[0]
+
+
+def test_the_demo_counts_the_steps_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = get("demo_reward", print_every=3)
+    for step in (4, 5, 6, 7):
+        demo(prompts=["p"], completions=[f"text {step}"], trainer_state=SimpleNamespace(global_step=step))
+    out = capsys.readouterr()
+    assert [step for step in (4, 5, 6, 7) if f"text {step}" in out.out + out.err] == [6]
 
 
 def test_the_demo_shows_on_the_first_process_only(

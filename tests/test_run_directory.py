@@ -1,5 +1,6 @@
 """A run directory belongs to one job: it is begun, gone on with or finished, and never mixed up with another's."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -171,6 +172,61 @@ def test_full_finetuning_is_resumed_exactly_too(here, call, tmp_path):  # noqa: 
     assert weights.read_bytes() == whole
 
 
+def test_a_checkpoint_that_the_disk_refuses_ends_the_run_and_costs_those_before_it_nothing(
+    here, call_job, tmp_path, monkeypatch
+):
+    seal = checkpoint.seal
+
+    def refuse(directory):
+        if directory.name == "checkpoint-4":
+            raise OSError(errno.EROFS, "Read-only file system", str(directory))
+        seal(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "seal", refuse)
+        code, out = call_job(tmp_path / "run")
+    assert code == 3, out
+    assert "checkpoint-4 could not be saved. Cannot write" in out
+    assert "Read-only file system" in out
+    assert "Traceback" not in out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    code, out = call_job(tmp_path / "run")
+    assert (code, "checkpoint-2" in out) == (0, True), out
+    assert same_adapter(tmp_path / "run", here)
+
+
+@pytest.fixture
+def own_data(here, tmp_path):
+    """A copy of the data of the runs, which a test may spoil."""
+    used = json.loads((here / "whole" / "job.json").read_text())["data"]["directory"]
+    return Path(shutil.copytree(used, tmp_path / "data"))
+
+
+@pytest.mark.parametrize("lost", ["plan.parquet", "rows", "."])
+def test_data_that_is_gone_when_a_run_goes_on_is_named_and_the_run_kept(unfinished, own_data, call, lost):  # noqa: F811
+    gone = own_data / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    code, out = call(own_data, *JOB[1:], *SAVES, "--output", unfinished, app=sft.app)
+    assert code == 2, out
+    assert str(gone) in out
+    assert "Traceback" not in out
+    assert len(checkpoint.complete(unfinished / "checkpoints")) == 3
+
+
+def test_data_that_is_removed_while_a_run_reads_it_does_not_disturb_it(own_data, here, call, tmp_path, monkeypatch):  # noqa: F811
+    on_log = Metrics.on_log
+
+    def remove(self, *arguments, **more):
+        shutil.rmtree(own_data, ignore_errors=True)
+        on_log(self, *arguments, **more)
+
+    monkeypatch.setattr(Metrics, "on_log", remove)
+    code, out = call(own_data, *JOB[1:], *SAVES, "--output", tmp_path / "run", app=sft.app)
+    assert code == 0, out
+    assert not own_data.exists()
+    assert same_adapter(tmp_path / "run", here)
+
+
 def test_resume_takes_the_path_of_a_checkpoint(unfinished, here, call_job):
     older = unfinished / "checkpoints" / "checkpoint-2"
     code, out = call_job(unfinished, "--resume", older)
@@ -229,9 +285,9 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_step_that_is_gone_on_from(tm
     (tmp_path / "metrics.jsonl").write_text("\n".join([*written, '{"step": 4, "lo']))
     metrics = Metrics.__new__(Metrics)
     metrics.path = tmp_path / "metrics.jsonl"
-    metrics.keep_until(2)
+    metrics.keep_before(3)
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2]
-    metrics.keep_until(0)
+    metrics.keep_before(0)
     assert metrics.path.read_text() == ""
 
 

@@ -274,6 +274,7 @@ def test_a_run_of_two_processes_is_gone_on_with_by_one(commands, here, call, run
         (moved / name).unlink()
     code, out = call(*JOB, "--processes", 1, "--output", moved)
     assert code == 0, out
+    assert "processes: 2 before, 1 now" in out
     assert "checkpoint-30" in out
     assert largest_difference(run, moved) <= SAME
 

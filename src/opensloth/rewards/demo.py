@@ -14,15 +14,22 @@ PRINT_EVERY = 10
 def demo_reward(print_every: int = PRINT_EVERY) -> Callable[..., list[float | None]]:
     """A reward that scores 0 and shows the first completion of its first call and of every `print_every`-th after it.
 
-    Only the first process shows. 0 shows nothing.
+    A trainer's steps are counted in place of calls: a run that goes on shows what it would have shown. Only the first
+    process shows. 0 shows nothing.
     """
     calls = 0
 
     def demo_reward(
-        *, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any] | None = None, **columns: Any
+        *,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        answer: Sequence[Any] | None = None,
+        trainer_state: Any = None,
+        **columns: Any,
     ) -> list[float | None]:
         nonlocal calls
-        if completions and print_every and calls % print_every == 0 and os.environ.get("RANK", "0") == "0":
+        number = calls if trainer_state is None else trainer_state.global_step
+        if completions and print_every and number % print_every == 0 and os.environ.get("RANK", "0") == "0":
             log.say(sample(text_of(prompts[0]), text_of(completions[0]), None if answer is None else answer[0]))
         calls += 1
         return [0.0] * len(completions)

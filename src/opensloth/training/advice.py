@@ -27,6 +27,11 @@ class Advice(TrainerCallback):
         self.no_signal: str | None = None  # said while there is none
         self.stopped: str | None = None
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What a run that goes on logged before counts too."""
+        for logs in state.log_history:
+            self.count(logs)
+
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
@@ -40,7 +45,7 @@ class Advice(TrainerCallback):
 
     def look(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
         """Say what the figures of new completions call for."""
-        self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
+        self.count(logs)
         rate = logs.get("pass_rate")
         if "start" not in self.told and state.global_step <= args.logging_steps:
             self.told.add("start")
@@ -67,6 +72,10 @@ class Advice(TrainerCallback):
                 f"{way} problems, raise --group-size or --temperature, or add a reward that tells completions apart."
             )
             self.say("flat", self.no_signal)
+
+    def count(self, logs: dict[str, Any]) -> None:
+        if "frac_reward_zero_std" in logs:
+            self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
 
     def say(self, kind: str, text: str) -> None:
         if self.speaks and kind not in self.told:
