@@ -461,6 +461,33 @@ def test_the_metrics_say_what_happens(run):
     assert {"train/kl", "train/reward", "eval/pass_at_1", "eval/reward"} <= set(events.Tags()["scalars"])
 
 
+def test_a_step_is_divided_into_what_its_time_went_to(run, pair):
+    parts = [f"seconds/{name}" for name in ("rollout", "wait", "rewards", "train", "other")]
+    for directory in (run, pair / "pair-held"):
+        for entry in metrics(directory):
+            assert sum(entry[part] for part in parts) == pytest.approx(entry["seconds/step"], rel=0.02)
+            assert 0 <= entry["padding"] < 1
+            assert 0 < entry["unfilled"] < 1
+    for entry in metrics(run):
+        assert entry["imbalance"] == 1
+        assert entry["seconds/wait"] == entry["seconds/sync"] == entry["seconds/communication"] == 0
+    two = metrics(pair / "pair-held")
+    assert all(1 <= entry["imbalance"] < 2 for entry in two)
+    assert any(entry["imbalance"] > 1 for entry in two)
+    assert all(0 < entry["seconds/sync"] < entry["seconds/train"] for entry in two)
+    assert any(entry["seconds/wait"] > 0 for entry in two)
+    one, other = (record(directory, "result.json")["per_process"] for directory in (run, pair / "pair-held"))
+    assert sum(one["tokens"]) == sum(other["tokens"])  # the same completions, each prompt once for its group
+
+
+def test_time_is_told_per_step_however_often_it_is_logged(here):
+    train(*OWN, "--max-steps", 4, "--updates-per-batch", 2, "--save-steps", 2, "--logging-steps", 4, "--output", "four")
+    *_, last = metrics(here / "four")
+    assert last["seconds/rollout"] < last["seconds/step"]
+    parts = sum(last[f"seconds/{name}"] for name in ("rollout", "wait", "rewards", "train", "other"))
+    assert parts == pytest.approx(last["seconds/step"], rel=0.02)
+
+
 def test_the_person_reads_of_rewards_and_held_out_problems(said):
     assert "step 3/3  reward " in said
     assert "held out: " in said

@@ -80,6 +80,20 @@ def test_a_step_has_the_same_loss_however_it_is_divided(prepared, model):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_the_load_of_a_step_is_what_its_tensors_hold(prepared, packing, processes):
+    ranks = [steps_of(prepared, packing, rank, processes) for rank in range(processes)]
+    for number in range(len(ranks[0])):
+        for rank, load in zip(ranks, ranks[0].loads(number), strict=True):
+            packs = rank[number]["packs"]
+            real = sum(int(prepared.lengths[rows].sum()) for rows in rank.rows(number))
+            assert rank[number]["tokens"] == load.tokens == real
+            assert load.slots == sum(pack["input_ids"].numel() for pack in packs)
+            assert load.room == 160 * len(packs) >= load.slots
+        assert sum(load.tokens for load in ranks[0].loads(number)) == ranks[0].plan.tokens(number)
+
+
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("data", ["prepared", "whole_conversations"])
 def test_the_targets_of_a_step_are_the_tokens_its_loss_is_summed_over(request, data, packing):
     steps = steps_of(request.getfixturevalue(data), packing)

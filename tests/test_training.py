@@ -257,6 +257,34 @@ def test_two_processes_train_as_one_does(commands, run, place):
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
 
 
+def test_every_step_tells_where_time_and_room_went(commands, run, place):
+    assert commands["two"][0] == 0
+    one, two = (metrics(directory, "loss") for directory in (run, place / "two"))
+    for entry in [*one, *two]:
+        assert 0 <= entry["padding"] < 1
+        assert 0 < entry["unfilled"] < 1
+    assert {entry["imbalance"] for entry in one} == {1.0}
+    assert {entry[f"seconds/{name}"] for entry in one for name in ("sync", "communication")} == {0.0}
+    assert all(1 <= entry["imbalance"] < 2 for entry in two)
+    assert any(entry["imbalance"] > 1 for entry in two)
+    for entry in two[1:]:
+        # the smallest adapter is one bucket: nothing is left of the backward pass that could hide it
+        assert 0 < entry["seconds/communication"] <= entry["seconds/sync"] + 1e-3 < entry["seconds/step"] + 1e-3
+
+
+def test_the_result_tells_what_each_process_spent(commands, run, place):
+    assert commands["two"][0] == 0
+    one, two = (record(directory, "result.json") for directory in (run, place / "two"))
+    assert sum(two["per_process"]["tokens"]) == sum(one["per_process"]["tokens"]) == one["tokens"] == two["tokens"]
+    for result, processes in ((one, 1), (two, 2)):
+        assert {len(values) for values in result["per_process"].values()} == {processes}
+        assert all(0.05 < gib < 8 for gib in result["per_process"]["memory_gib"])
+    assert one["per_process"]["sync_seconds"] == one["per_process"]["communication_seconds"] == [0.0]
+    logged = sum(entry["seconds/sync"] for entry in metrics(place / "two", "loss"))
+    assert two["per_process"]["sync_seconds"][0] == pytest.approx(logged, abs=0.01)
+    assert min(two["per_process"]["sync_seconds"]) > 0
+
+
 def test_processes_whose_adapters_differ_end_the_run():
     rows = [[1, 2], [3, 4], list(range(5, 50))]
     check_equal(["a", "a", "a"], rows, sound=4, step=7)

@@ -20,11 +20,16 @@ def report(result: "Result", as_json: bool) -> None:
         print(json.dumps(record, ensure_ascii=False))
         return
     lines = [(result.status, str(result.output))]
-    lines += [(name.replace("_", " "), figure(value)) for name, value in result.metrics.items() if value is not None]
+    lines += [(name.replace("_", " "), figure(value)) for name, value in shown(result.metrics)]
     if (board := result.output / "tensorboard").is_dir():
         lines.append(("watch it", f"tensorboard --logdir {shlex.quote(str(board))}"))
     for name, text in lines:
         print(log.printable(f"{name:<18}{text}"))
+
+
+def shown(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What there is, without what each process has: that is for programs."""
+    return [(name, value) for name, value in metrics.items() if value is not None and not isinstance(value, dict)]
 
 
 def figure(value: Any) -> str:

@@ -16,6 +16,7 @@ from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
 from opensloth.launch import pulse
 from opensloth.training.everyone import of_all
+from opensloth.training.load import evenness
 from opensloth.training.loader import Steps
 
 LINE_SECONDS = 1.0  # between two lines for the person
@@ -78,7 +79,9 @@ class Metrics(TrainerCallback):
             logs["epoch"] = round(self.epochs[step - 1], 4)
         if "loss" in logs:
             now = time.monotonic()
-            self.add_speed(logs, range(self.step, step), max(now - self.at, 1e-9))
+            steps, seconds = range(self.step, step), max(now - self.at, 1e-9)
+            logs["seconds/step"] = round(seconds / max(1, len(steps)), 4)
+            self.add_speed(logs, steps, seconds)
             logs["memory_gib"] = round(peak_memory(self.device) / 2**30, 3)
             self.step, self.at = step, now
         with self.path.open("a") as file:
@@ -106,16 +109,15 @@ class Metrics(TrainerCallback):
 
 
 class StepsMetrics(Metrics):
-    """Of SFT: real tokens a second, and the share of padding."""
+    """Of SFT: real tokens a second, and how full and even the packs of all processes are."""
 
     def __init__(self, run_dir: Path, steps: Steps, device: torch.device, tensorboard: bool) -> None:
         super().__init__(run_dir, steps.plan.epoch, device, tensorboard)
         self.steps = steps
 
     def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
-        tokens, slots = sum(map(self.steps.plan.tokens, steps)), sum(map(self.steps.slots, steps))
-        logs["tokens_per_second"] = round(tokens / seconds, 1)
-        logs["padding"] = round(1 - tokens / slots, 4) if slots else 0.0
+        logs["tokens_per_second"] = round(sum(map(self.steps.plan.tokens, steps)) / seconds, 1)
+        logs |= evenness(list(map(self.steps.loads, steps)))
 
     def line(self, logs: dict[str, Any]) -> str:
         return f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
@@ -135,7 +137,9 @@ class BatchesMetrics(Metrics):
     def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
         batches = {self.plan.at(step) for step in steps}
         completions = sum(len(self.plan.batches[batch]) for batch in batches) * self.group_size
-        logs["seconds/step"] = round(seconds / max(1, len(steps)), 3)
+        if "seconds/train" in logs:
+            known = sum(logs.get(f"seconds/{part}", 0.0) for part in ("rollout", "wait", "rewards", "train"))
+            logs["seconds/other"] = round(max(0.0, logs["seconds/step"] - known), 4)
         if "completions/mean_length" in logs:
             logs["tokens_per_second"] = round(logs["completions/mean_length"] * completions / seconds, 1)
 

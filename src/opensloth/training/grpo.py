@@ -22,8 +22,11 @@ from opensloth.errors import WorkerFailed
 from opensloth.rollout.decode import Halted, never
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.training.everyone import of_all
+from opensloth.training.gradient_sync import GradientSync
 from opensloth.training.held_out import HeldOut, gathered
-from opensloth.training.micro_batches import Gaps, Micro, cut, gathers_unequal, weighted
+from opensloth.training.load import Load, evenness
+from opensloth.training.micro_batches import AGAIN, Gaps, Micro, Share, Sizes, cut, gathers_unequal, load_of, weighted
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
 from opensloth.training.stopping import StopOnSignal
@@ -78,10 +81,14 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
             self.since_log = []
+            self.sync = GradientSync(arguments["args"].device)
             self.asked: Asked | None = None
             self.batch: dict[str, Any] = {}
             self.micro_batches: list[Micro] = []
-            self.seconds: dict[str, float] = {}
+            self.loads: list[Load] = []  # of all processes, in the batch that is trained on
+            self.seconds: dict[str, float] = {}  # since the last log, by what they were spent on
+            self.steps_logged: list[list[Load]] = []
+            self.rollout_seconds = 0.0
             self.policy_logps: torch.Tensor | None = None
             self.best_figure = self.best_so_far(self.figure, -float("inf"))
             put_back = kept_weights(arguments["model"])
@@ -95,6 +102,7 @@ def trainer_class() -> type[Any]:
         def training_step(self, model: torch.nn.Module, inputs: Asked, num_items_in_batch: Any = None) -> torch.Tensor:
             """One optimizer step on a batch of completions. Returns its loss; DDP takes the mean over processes."""
             model.train()
+            self.sync.watch(model)
             fresh = self.asked is None or self.asked["number"] != inputs["number"]
             if fresh:
                 self.collect(inputs)
@@ -112,27 +120,41 @@ def trainer_class() -> type[Any]:
                 total += loss.detach()
                 if fresh and weight and self.policy_logps is not None:
                     gaps.add(self.policy_logps, part)
-            metrics = self._metrics["train"]
+            self.sync.step_done()
             if fresh:
                 for name, value in gaps.figures().items():
-                    metrics[name].append(value)
-            self.seconds["train"] = time.monotonic() - begin
-            for name, value in self.seconds.items():
-                metrics[f"seconds/{name}"].append(value)
-            self.seconds = {}
+                    self._metrics["train"][name].append(value)
+            self.spend("train", time.monotonic() - begin)
+            self.steps_logged.append(self.loads)
+            self.tokens_here += self.loads[self.accelerator.process_index].tokens
             return total
+
+        def spend(self, what: str, seconds: float) -> None:
+            self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
         def collect(self, asked: Asked) -> None:
             """Have the prompts completed, scored and compared within their groups; cut the result for training."""
             self.asked = asked
-            begin = time.monotonic()
             self.batch = self._generate_and_score_completions(self.as_rows(asked["prompts"]))
             self.batch = {name: value for name, value in self.batch.items() if isinstance(value, torch.Tensor)}
-            parts = self.cut(self.batch["prompt_mask"], self.batch["completion_mask"])
-            self.micro_batches = weighted(parts, self.batch, self.loss_type, self.accelerator.num_processes)
+            prompts, completions = (tokens(self.batch[name]) for name in ("prompt_mask", "completion_mask"))
+            parts = self.cut(prompts, completions)
+            limit = self.run.pack_tokens if self.run.batch_size is None else None
+            load = load_of(parts, prompts, completions, group=self.group, pack_tokens=limit, packs=self.run.packs)
+            mine = Share(len(parts), load, int(prompts[0] + completions[0]), self.rollout_seconds)
+            self.share_out(parts, of_all(mine))
             self.keep_rollouts()
             self.count_flat_groups()
-            self.seconds["batch"] = time.monotonic() - begin
+
+        def share_out(self, parts: list[list[int]], shares: list[Share]) -> None:
+            """As many micro-batches for each process; and how long the slowest kept the others waiting."""
+            most = max(share.parts for share in shares)
+            own = weighted(parts, self.batch, self.loss_type, self.accelerator.num_processes)
+            self.micro_batches = own + [AGAIN] * (most - len(own))
+            self.loads = [share.with_as_many_as(most) for share in shares]
+            mean = sum(share.seconds for share in shares) / len(shares)
+            self.spend("rollout", mean)
+            self.spend("wait", max(share.seconds for share in shares) - mean)
 
         def roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
             """TRL's `rollout_func`: the completions of this process."""
@@ -141,7 +163,7 @@ def trainer_class() -> type[Any]:
             ids = [prompt.input_ids for prompt in self.asked["prompts"]]
             noise = Noise(self.run.seed, self.asked["number"], tuple(self.asked["slots"]))
             self.rollouts = self.complete(ids, self.run.sampling, noise)
-            self.seconds["rollout"] = time.monotonic() - begin
+            self.rollout_seconds = time.monotonic() - begin
             return {
                 "prompt_ids": ids,
                 "completion_ids": [rollout.ids for rollout in self.rollouts],
@@ -184,17 +206,21 @@ def trainer_class() -> type[Any]:
                 demo = self.reward_func_names.index("demo_reward")
                 others = [place for place in range(found.shape[1]) if place != demo]
                 found[found[:, others].isnan().all(1), demo] = torch.nan
-            self.seconds["rewards"] = time.monotonic() - begin
+            self.spend("rewards", time.monotonic() - begin)
             return found
 
-        def cut(self, prompts: torch.Tensor, completions: torch.Tensor) -> list[list[int]]:
-            """The places of the completions of each micro-batch."""
+        @property
+        def group(self) -> int:
+            """Completions that share a prompt in a pack; where prompts cannot be shared, each brings its own."""
+            return int(self.num_generations) if attention.shares(self.args.device) else 1
+
+        def cut(self, prompts: Sizes, completions: Sizes) -> list[list[int]]:
+            """The places of the completions of each micro-batch, from the tokens of each."""
             run = self.run
             return cut(
-                prompts.sum(1).cpu().numpy(),
-                completions.sum(1).cpu().numpy(),
-                # where prompts cannot be shared, each completion brings its own
-                group=self.num_generations if attention.shares(self.args.device) else 1,
+                prompts,
+                completions,
+                group=self.group,
                 pack_tokens=run.pack_tokens,
                 batch_size=run.batch_size,
                 packs=run.packs,
@@ -215,7 +241,8 @@ def trainer_class() -> type[Any]:
             if torch.is_grad_enabled():
                 parts = [list(range(len(input_ids)))]
             else:
-                parts = self.cut(attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:])
+                halves = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
+                parts = self.cut(*map(tokens, halves))
             logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
             entropy = torch.zeros_like(logps)
             with self.compute_loss_context_manager():
@@ -257,6 +284,12 @@ def trainer_class() -> type[Any]:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
+            self.add_sync(logs)
+            if "loss" in logs and self.steps_logged:
+                steps = len(self.steps_logged)
+                logs |= {f"seconds/{name}": round(value / steps, 5) for name, value in self.seconds.items()}
+                logs |= evenness(self.steps_logged)
+                self.seconds, self.steps_logged = {}, []
             super().log(logs, start_time)
 
         def rows_of(self, step: int) -> list[int]:
@@ -268,3 +301,9 @@ def trainer_class() -> type[Any]:
             return Fault(step + 1, loss, sorted({prompts[place].row_id for place in places}))
 
     return GroupTrainer
+
+
+def tokens(mask: torch.Tensor) -> Sizes:
+    """How many each row of a mask holds."""
+    counts: Sizes = mask.sum(1).cpu().numpy()
+    return counts

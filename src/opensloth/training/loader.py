@@ -11,6 +11,7 @@ from opensloth.data.plan.schedule import Schedule, padded_batches
 from opensloth.data.plan.shards import deal_step
 from opensloth.data.prepared.prepare import Prepared
 from opensloth.engine.loss import IGNORED
+from opensloth.training.load import Load
 
 NOTHING = 2  # tokens of an empty pack
 
@@ -18,13 +19,14 @@ NOTHING = 2  # tokens of an empty pack
 class Step(TypedDict):
     """One process's share of an optimizer step.
 
-    `packs` are micro-batches ready for the model; `targets` counts the trained tokens of all processes, which the loss
-    of the step is averaged over.
+    `packs` are micro-batches ready for the model, with `tokens` real tokens; `targets` counts the trained tokens of all
+    processes, which the loss of the step is averaged over.
     """
 
     number: int
     packs: list[dict[str, Any]]
     targets: int
+    tokens: int
 
 
 class Batcher:
@@ -100,18 +102,20 @@ class Steps(Dataset[Step]):
         """The rows of this process's micro-batches in a step."""
         return self.plan.micro_batches(number, self.pack_tokens, self.processes)[self.rank]
 
-    def slots(self, number: int) -> int:
-        """Tokens that all processes put through the model in a step, padding included."""
-        lengths, total = self.plan.lengths, 0
-        for process in self.plan.micro_batches(number, self.pack_tokens, self.processes):
-            for rows in process:
-                if not rows:
-                    total += NOTHING
-                elif self.batcher.packing:
-                    total += int(lengths[rows].sum())
-                else:
-                    total += len(rows) * int(lengths[rows].max())
-        return total
+    def loads(self, number: int) -> list[Load]:
+        """What each process puts through the model in a step."""
+        return [self.load(rows) for rows in self.plan.micro_batches(number, self.pack_tokens, self.processes)]
+
+    def load(self, micro_batches: list[list[int]]) -> Load:
+        lengths = self.plan.lengths
+        tokens = [int(lengths[rows].sum()) for rows in micro_batches]
+        if self.batcher.packing:
+            slots = [size or NOTHING for size in tokens]
+        else:
+            slots = [len(rows) * int(lengths[rows].max()) if rows else NOTHING for rows in micro_batches]
+        by_rows = self.plan.batch_size is not None
+        room = slots if by_rows else [max(size, self.pack_tokens) for size in slots]
+        return Load(sum(tokens), sum(slots), sum(room))
 
     def row_ids(self, rows: list[int]) -> list[int]:
         """The numbers of stored rows in the source, as `os-data show` names them."""
@@ -120,8 +124,11 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         if number >= len(self):
             raise IndexError(number)
-        packs = [self.batcher(rows) for rows in self.rows(number)]
-        return Step(number=number, packs=packs, targets=max(1, self.plan.targets(number)))
+        rows = self.rows(number)
+        packs = [self.batcher(some) for some in rows]
+        return Step(
+            number=number, packs=packs, targets=max(1, self.plan.targets(number)), tokens=self.load(rows).tokens
+        )
 
     def loader(self, pinned: bool) -> DataLoader[Step]:
         """In order, one step an item. Resuming skips indices, so that no tensor of a past step is made again."""

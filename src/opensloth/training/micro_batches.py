@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,14 +10,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
-from opensloth.training.everyone import of_all
+from opensloth.training.load import Load
 
+Sizes = NDArray[np.int64]
 Micro = tuple[list[int], float]  # places of completions, and the weight of their loss
 
 
 def cut(
-    prompts: NDArray[np.int64],
-    completions: NDArray[np.int64],
+    prompts: Sizes,
+    completions: Sizes,
     *,
     group: int,
     pack_tokens: int,
@@ -53,8 +54,7 @@ def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss
     """The parts with what makes TRL's loss of each its share of the mean over all completions.
 
     TRL averages over the completions ("grpo", "dr_grpo") or the tokens ("bnpo") of a micro-batch; its "dapo" already
-    divides by the tokens of the whole batch. DDP then takes the mean over processes. Every process gets equally many:
-    those that lack one run a completion of theirs again, with no weight.
+    divides by the tokens of the whole batch. DDP then takes the mean over processes.
     """
     mask = batch["completion_mask"]
 
@@ -65,8 +65,46 @@ def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss
             return float(mask[rows].sum() * processes / batch["num_items_in_batch"])
         return len(rows) / len(mask)
 
-    micro = [(rows, weight(rows)) for rows in parts]
-    return micro + [([0], 0.0)] * (max(of_all(len(micro))) - len(micro))
+    return [(rows, weight(rows)) for rows in parts]
+
+
+AGAIN: Micro = ([0], 0.0)  # processes that lack a micro-batch run a completion of theirs again, with no weight
+
+
+class Share(NamedTuple):
+    """What one process says of its completions before it trains on them.
+
+    Attributes:
+        parts: micro-batches.
+        again: tokens of `AGAIN`.
+        seconds: how long its completions took.
+    """
+
+    parts: int
+    load: Load
+    again: int
+    seconds: float
+
+    def with_as_many_as(self, parts: int) -> Load:
+        """Its load where it runs so many micro-batches."""
+        more = (parts - self.parts) * self.again
+        return self.load._replace(slots=self.load.slots + more, room=self.load.room + more)
+
+
+def load_of(
+    parts: Sequence[list[int]], prompts: Sizes, completions: Sizes, *, group: int, pack_tokens: int | None, packs: bool
+) -> Load:
+    """What the model computes in these micro-batches. `pack_tokens` is None where they are cut by completions."""
+    tokens = slots = room = 0
+    for places in parts:
+        if packs:  # a prompt lies in a pack once, before the first completion of its group
+            heads = [place for at, place in enumerate(places) if not at or places[at - 1] // group != place // group]
+            real = width = int(completions[places].sum() + prompts[heads].sum())
+        else:
+            lengths = prompts[places] + completions[places]
+            real, width = int(lengths.sum()), len(places) * int(lengths.max())
+        tokens, slots, room = tokens + real, slots + width, room + max(width, pack_tokens or 0)
+    return Load(tokens, slots, room)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from opensloth.engine import Engine
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import RunStopped, UserError
 from opensloth.training import checkpoint
-from opensloth.training.callbacks import Alive, SameAdapter
+from opensloth.training.callbacks import Alive, SameAdapter, peak_memory
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place, leave
 from opensloth.training.stopping import Dropped, StopOnSignal
@@ -84,11 +84,12 @@ def train_to_the_end(
         raise stopped(stop.request.name or "a signal", trainer.state.global_step)
     figures = finish(time.monotonic() - begin)
     hashes = of_all(weights_hash(trainer.model))
+    costs = per_process(trainer, place)
     if place.leads:
         log.say(f"saving what was trained to {run_dir}")
         trainer._save(str(run_dir))
         same = {"weights_sha256": hashes[0], "processes_with_these_weights": hashes.count(hashes[0])}
-        paths.write_json(run_dir / "result.json", {**figures, **same})
+        paths.write_json(run_dir / "result.json", {**figures, **costs, **same})
     leave()
 
 
@@ -96,6 +97,20 @@ def stopped(by: str, step: int) -> RunStopped:
     if step == 0:
         return RunStopped(f"Stopped by {by} before the first step was complete.", "The same command begins anew.")
     return RunStopped(f"Stopped by {by} after step {step}, which is saved.", "The same command goes on from there.")
+
+
+def per_process(trainer: Any, place: Place) -> dict[str, Any]:
+    """What every process spent since this run began or went on: lists in the order of ranks."""
+    trainer.sync.read()
+    spent = trainer.sync.so_far
+    mine = {
+        "tokens": trainer.tokens_here,
+        "memory_gib": round(peak_memory(place.device) / 2**30, 3),
+        "communication_seconds": round(spent.total, 3),
+        "sync_seconds": round(spent.exposed, 3),
+    }
+    all_of_them = of_all(mine)
+    return {"per_process": {name: [one[name] for one in all_of_them] for name in mine}}
 
 
 def evaluated(trainer: Any) -> bool:

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
+from opensloth.training.gradient_sync import GradientSync
 from opensloth.training.loader import Batcher, Step, Steps
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
 
@@ -45,6 +46,7 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
             self.since_log = []
+            self.sync = GradientSync(arguments["args"].device)
             self.best_loss = self.best_so_far("eval_loss", float("inf"))
             put_back = kept_weights(arguments["model"])
             super().__init__(**arguments)
@@ -57,6 +59,7 @@ def trainer_class() -> type[Any]:
         def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
             """Forward and backward of one optimizer step. Returns this process's part of the loss, times processes."""
             model.train()
+            self.sync.watch(model)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them
             scale = self.accelerator.num_processes / inputs["targets"]
             total = torch.zeros((), device=self.args.device)
@@ -68,6 +71,8 @@ def trainer_class() -> type[Any]:
                     self.accelerator.backward(loss)
                 self.since_log.append(((inputs["number"], number), loss.detach()))
                 total += loss.detach()
+            self.sync.step_done()
+            self.tokens_here += inputs["tokens"]
             return total
 
         def compute_loss(
@@ -104,6 +109,7 @@ def trainer_class() -> type[Any]:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
+            self.add_sync(logs)
             Trainer.log(self, logs, start_time)
 
         def rows_of(self, step: int) -> list[int]:

@@ -1,0 +1,125 @@
+"""How long the gradients' way between the processes takes, and how much of it backward passes do not hide.
+
+DDP's own figures (`_get_ddp_logging_data`) make the host wait for the card in every step that they are taken in. Here
+moments are marked while a step runs (on a card by events in its stream) and read when the next log waits for it anyway.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+Moment = float | torch.cuda.Event
+
+
+@dataclass
+class Buckets:
+    """The gradients of one step: when each bucket of them was ready and all-reduced, and when the backward ended."""
+
+    ready: list[Moment] = field(default_factory=list)
+    done: list[Moment] = field(default_factory=list)
+    end: Moment | None = None
+
+
+@dataclass(frozen=True)
+class SyncSeconds:
+    """Of `steps` steps: how long all-reduces ran (`total`), and for how long nothing else did (`exposed`).
+
+    A process that comes first waits in the all-reduce for the others, and this counts.
+    """
+
+    steps: int = 0
+    total: float = 0.0
+    exposed: float = 0.0
+
+    def __add__(self, other: "SyncSeconds") -> "SyncSeconds":
+        return SyncSeconds(self.steps + other.steps, self.total + other.total, self.exposed + other.exposed)
+
+
+class GradientSync:
+    """Takes over DDP's all-reduce, which it times. A process that is alone has nothing to time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.watched: DistributedDataParallel | None = None
+        self.current = Buckets()
+        self.unread: list[Buckets] = []
+        self.so_far = SyncSeconds()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """To be called before each step: the trainer wraps the model late."""
+        if self.watched is None and isinstance(model, DistributedDataParallel):
+            self.watched = model
+            model.register_comm_hook(self, mean_over_processes)
+
+    def step_done(self) -> None:
+        """To be called behind the last backward of a step, whose stream by now waits for all buckets."""
+        if self.current.ready:
+            self.current.end = now(self.device)
+            self.unread.append(self.current)
+            self.current = Buckets()
+
+    def read(self) -> SyncSeconds:
+        """Of the steps since the last call that the card has passed; the others come with the next call."""
+        found = SyncSeconds()
+        while self.unread and passed(self.unread[0].end):
+            found += seconds_of(self.unread.pop(0))
+        self.so_far += found
+        return found
+
+
+def mean_over_processes(
+    sync: GradientSync,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: what it does without one, with the moments marked."""
+    step, gradients = sync.current, bucket.buffer()
+    gradients.div_(dist.get_world_size())
+    place = len(step.ready)
+    step.ready.append(now(sync.device))
+    step.done.append(step.ready[-1])
+
+    def arrived(future: Any) -> torch.Tensor:
+        mean: torch.Tensor = future.value()[0]
+        step.done[place] = now(sync.device)  # on a card in a stream that waits for this all-reduce
+        return mean
+
+    work: Any = dist.all_reduce(gradients, async_op=True)
+    reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(arrived)
+    return reduced
+
+
+def now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def passed(moment: Moment | None) -> bool:
+    return not isinstance(moment, torch.cuda.Event) or bool(moment.query())  # type: ignore[no-untyped-call]
+
+
+def between(start: Moment, end: Moment) -> float:
+    """Seconds."""
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1000
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start
+
+
+def seconds_of(step: Buckets) -> SyncSeconds:
+    """What one step took. All-reduces may run beside each other, or wait for the one before: their time counts once."""
+    assert step.end is not None
+    first, last = step.ready[0], step.ready[-1]
+    total, until = 0.0, 0.0
+    for ready, done in zip(step.ready, step.done, strict=True):
+        begin, end = between(first, ready), between(first, done)
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return SyncSeconds(1, total, max(0.0, between(last, step.end)))
