@@ -34,6 +34,12 @@ def card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def cards() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def kind() -> str:
     """What result files are named after."""
     return next((kind.lower() for kind in ("H100", "H200") if kind in card()), "cpu" if card() == "cpu" else "gpu")
