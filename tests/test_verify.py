@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import save_file
 
 from opensloth.cli import program, train
+from opensloth.cli.verify import tolerance_for
 from opensloth.config.jobs import SftJob
 from opensloth.config.run import LOSSES
+from opensloth.config.verify import VerifySftJob
 from opensloth.data.models.resolve import resolve_model
 from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.errors import BEYOND_TOLERANCE, USER_ERROR
 from opensloth.evaluation import equality
 from opensloth.launch import run_directory
+from opensloth.launch.world import World
 from opensloth.training import grpo, sft, worker
 from training_fixtures import as_a_worker, environment
 
@@ -261,6 +264,29 @@ def test_a_wrong_synchronization_is_found(verify, fault, method, beyond):
     assert any(beyond in sentence for sentence in found["faults"]), found["faults"]
     assert "2 processes do not train what one does" in err
     assert "The tolerance is 1e-05." in err
+
+
+def test_in_16_bits_more_rounding_passes_but_not_a_lost_gradient(verify):
+    code, found, err = verify("sft", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert 1e-4 < found["adapter"]["value"] < found["tolerance"] == 0.02
+    code, found, _ = verify("sft", "--dtype", "bfloat16", fault="dropped_gradient")
+    assert code == BEYOND_TOLERANCE
+    assert found["adapter"]["value"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expected"),
+    [
+        ({}, "cpu", 1e-5),
+        ({}, "cuda:0", 1e-4),
+        ({"dtype": "bfloat16"}, "cuda:0", 0.02),
+        ({"dtype": "auto"}, "cpu", 0.02),
+        ({"tolerance": 0.5}, "cuda:0", 0.5),
+    ],
+)
+def test_the_tolerance_is_that_of_the_rounding(asked, device, expected):
+    assert tolerance_for(VerifySftJob.model_validate(asked), World((device, device))) == expected
 
 
 def test_the_job_accumulates_packs_and_holds_rows_out(verify, tmp_path):

@@ -14,7 +14,9 @@ class VerifyOptions(Settings):
     input: str = option("sample:arithmetic", "The data: as for os-train, or sample:arithmetic.", hidden=True)
     processes: int | None = option(None, "Verify N CPU processes.", shown="2, unless --gpus is given", ge=1)
     gpus: str = option("auto", "Verify these cards: a number, or a list such as 0,2 or 0,0.", short="g", shown="none")
-    tolerance: float = option(1e-5, "The largest difference that passes.", gt=0)
+    tolerance: float | None = option(
+        None, "The largest difference that passes.", shown="1e-5; 1e-4 on cards, 0.02 in 16 bits", gt=0
+    )
     output: Path | None = option(None, "Keep both runs in this new directory.", shown="nothing is kept")
     timeout: int = option(600, "Seconds without an answer from another process before the run is ended.", ge=1)
 
