@@ -279,6 +279,7 @@ def test_the_result_tells_what_each_process_spent(commands, run, place):
     for result, processes in ((one, 1), (two, 2)):
         assert {len(values) for values in result["per_process"].values()} == {processes}
         assert all(0.05 < gib < 8 for gib in result["per_process"]["memory_gib"])
+        assert result["memory_gib"] == max(result["per_process"]["memory_gib"])
     assert one["per_process"]["sync_seconds"] == one["per_process"]["communication_seconds"] == [0.0]
     logged = sum(entry["seconds/sync"] for entry in metrics(place / "two", "loss"))
     assert two["per_process"]["sync_seconds"][0] == pytest.approx(logged, abs=0.01)

@@ -109,8 +109,9 @@ def per_process(trainer: Any, place: Place) -> dict[str, Any]:
         "communication_seconds": round(spent.total, 3),
         "sync_seconds": round(spent.exposed, 3),
     }
-    all_of_them = of_all(mine)
-    return {"per_process": {name: [one[name] for one in all_of_them] for name in mine}}
+    spent_by = of_all(mine)
+    lists = {name: [one[name] for one in spent_by] for name in mine}
+    return {"memory_gib": max(lists["memory_gib"]), "per_process": lists}
 
 
 def evaluated(trainer: Any) -> bool:
