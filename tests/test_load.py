@@ -82,7 +82,7 @@ def test_a_step_that_the_card_has_not_passed_is_read_later(monkeypatch):
     monkeypatch.setattr(gradient_sync, "passed", lambda moment: moment < 10)
     for start in (1.0, 21.0):
         sync.current = Buckets([start], [start + 2])
-        sync.step_done()
+        sync.backward_done()
     assert sync.read() == SyncSeconds(1, 2.0, 4.0)
     assert sync.read() == SyncSeconds()
     monkeypatch.setattr(gradient_sync, "passed", lambda moment: True)
@@ -93,5 +93,5 @@ def test_a_step_that_the_card_has_not_passed_is_read_later(monkeypatch):
 def test_a_process_that_is_alone_has_nothing_to_synchronize():
     sync = GradientSync(torch.device("cpu"))
     sync.watch(torch.nn.Linear(2, 2))
-    sync.step_done()
+    sync.backward_done()
     assert sync.read() == SyncSeconds()

@@ -61,7 +61,7 @@ def test_what_the_card_has_not_done_yet_is_not_waited_for():
     torch.cuda.synchronize()
     sync.current = Buckets([now(CARD)], [now(CARD)])
     torch.cuda._sleep(CYCLES)
-    sync.step_done()
+    sync.backward_done()
     assert sync.read() == SyncSeconds()
     torch.cuda.synchronize()
     found = sync.read()

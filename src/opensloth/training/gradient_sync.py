@@ -55,8 +55,8 @@ class GradientSync:
             self.watched = model
             model.register_comm_hook(self, mean_over_processes)
 
-    def step_done(self) -> None:
-        """To be called behind the last backward of a step, whose stream by now waits for all buckets."""
+    def backward_done(self) -> None:
+        """To be called right behind each backward. The last of a step has buckets, and its stream waits for all."""
         if self.current.ready:
             self.current.end = now(self.device)
             self.unread.append(self.current)

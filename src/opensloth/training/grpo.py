@@ -22,10 +22,10 @@ from opensloth.errors import WorkerFailed
 from opensloth.rollout.decode import Halted, never
 from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
-from opensloth.training.gradient_sync import GradientSync
 from opensloth.training.held_out import HeldOut, gathered
-from opensloth.training.load import Load, evenness
+from opensloth.training.load import Load
 from opensloth.training.micro_batches import AGAIN, Gaps, Micro, Share, Sizes, cut, gathers_unequal, load_of, weighted
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
@@ -81,13 +81,11 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
             self.since_log = []
-            self.sync = GradientSync(arguments["args"].device)
+            self.costs = Costs(arguments["args"].device)
             self.asked: Asked | None = None
             self.batch: dict[str, Any] = {}
             self.micro_batches: list[Micro] = []
             self.loads: list[Load] = []  # of all processes, in the batch that is trained on
-            self.seconds: dict[str, float] = {}  # since the last log, by what they were spent on
-            self.steps_logged: list[list[Load]] = []
             self.rollout_seconds = 0.0
             self.policy_logps: torch.Tensor | None = None
             self.best_figure = self.best_so_far(self.figure, -float("inf"))
@@ -102,7 +100,7 @@ def trainer_class() -> type[Any]:
         def training_step(self, model: torch.nn.Module, inputs: Asked, num_items_in_batch: Any = None) -> torch.Tensor:
             """One optimizer step on a batch of completions. Returns its loss; DDP takes the mean over processes."""
             model.train()
-            self.sync.watch(model)
+            self.costs.sync.watch(model)
             fresh = self.asked is None or self.asked["number"] != inputs["number"]
             if fresh:
                 self.collect(inputs)
@@ -116,21 +114,17 @@ def trainer_class() -> type[Any]:
                 with sync, gathers_unequal(self.accelerator, len(self.batch["completion_mask"])):
                     loss = self._compute_loss(model, part) * weight
                     self.accelerator.backward(loss)
+                self.costs.sync.backward_done()
                 self.since_log.append(((self.state.global_step, rows), loss.detach()))
                 total += loss.detach()
                 if fresh and weight and self.policy_logps is not None:
                     gaps.add(self.policy_logps, part)
-            self.sync.step_done()
+            self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:
                 for name, value in gaps.figures().items():
                     self._metrics["train"][name].append(value)
-            self.spend("train", time.monotonic() - begin)
-            self.steps_logged.append(self.loads)
-            self.tokens_here += self.loads[self.accelerator.process_index].tokens
+            self.costs.spend("train", time.monotonic() - begin)
             return total
-
-        def spend(self, what: str, seconds: float) -> None:
-            self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
         def collect(self, asked: Asked) -> None:
             """Have the prompts completed, scored and compared within their groups; cut the result for training."""
@@ -153,8 +147,8 @@ def trainer_class() -> type[Any]:
             self.micro_batches = own + [AGAIN] * (most - len(own))
             self.loads = [share.with_as_many_as(most) for share in shares]
             mean = sum(share.seconds for share in shares) / len(shares)
-            self.spend("rollout", mean)
-            self.spend("wait", max(share.seconds for share in shares) - mean)
+            self.costs.spend("rollout", mean)
+            self.costs.spend("wait", max(share.seconds for share in shares) - mean)
 
         def roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
             """TRL's `rollout_func`: the completions of this process."""
@@ -206,7 +200,7 @@ def trainer_class() -> type[Any]:
                 demo = self.reward_func_names.index("demo_reward")
                 others = [place for place in range(found.shape[1]) if place != demo]
                 found[found[:, others].isnan().all(1), demo] = torch.nan
-            self.spend("rewards", time.monotonic() - begin)
+            self.costs.spend("rewards", time.monotonic() - begin)
             return found
 
         @property
@@ -284,13 +278,7 @@ def trainer_class() -> type[Any]:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
-            self.add_sync(logs)
-            if "loss" in logs and self.steps_logged:
-                steps = len(self.steps_logged)
-                logs |= {f"seconds/{name}": round(value / steps, 5) for name, value in self.seconds.items()}
-                logs |= evenness(self.steps_logged)
-                self.seconds, self.steps_logged = {}, []
-            super().log(logs, start_time)
+            super().log(logs | self.costs.a_step() if "loss" in logs else logs, start_time)
 
         def rows_of(self, step: int) -> list[int]:
             return [prompt.row_id for prompt in self.run.prompts[step]["prompts"]]

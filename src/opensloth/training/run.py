@@ -101,14 +101,7 @@ def stopped(by: str, step: int) -> RunStopped:
 
 def per_process(trainer: Any, place: Place) -> dict[str, Any]:
     """What every process spent since this run began or went on: lists in the order of ranks."""
-    trainer.sync.read()
-    spent = trainer.sync.so_far
-    mine = {
-        "tokens": trainer.tokens_here,
-        "memory_gib": round(peak_memory(place.device) / 2**30, 3),
-        "communication_seconds": round(spent.total, 3),
-        "sync_seconds": round(spent.exposed, 3),
-    }
+    mine = {"memory_gib": round(peak_memory(place.device) / 2**30, 3), **trainer.costs.so_far()}
     spent_by = of_all(mine)
     lists = {name: [one[name] for one in spent_by] for name in mine}
     return {"memory_gib": max(lists["memory_gib"]), "per_process": lists}

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
-from opensloth.training.gradient_sync import GradientSync
+from opensloth.training.costs import Costs
 from opensloth.training.loader import Batcher, Step, Steps
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
 
@@ -46,7 +46,7 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
             self.since_log = []
-            self.sync = GradientSync(arguments["args"].device)
+            self.costs = Costs(arguments["args"].device)
             self.best_loss = self.best_so_far("eval_loss", float("inf"))
             put_back = kept_weights(arguments["model"])
             super().__init__(**arguments)
@@ -59,7 +59,7 @@ def trainer_class() -> type[Any]:
         def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
             """Forward and backward of one optimizer step. Returns this process's part of the loss, times processes."""
             model.train()
-            self.sync.watch(model)
+            self.costs.sync.watch(model)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them
             scale = self.accelerator.num_processes / inputs["targets"]
             total = torch.zeros((), device=self.args.device)
@@ -69,10 +69,10 @@ def trainer_class() -> type[Any]:
                 with sync:
                     loss = self.compute_loss(model, self._prepare_inputs(pack)) * scale
                     self.accelerator.backward(loss)
+                self.costs.sync.backward_done()
                 self.since_log.append(((inputs["number"], number), loss.detach()))
                 total += loss.detach()
-            self.sync.step_done()
-            self.tokens_here += inputs["tokens"]
+            self.costs.step_done(inputs["tokens"])
             return total
 
         def compute_loss(
@@ -109,8 +109,7 @@ def trainer_class() -> type[Any]:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
-            self.add_sync(logs)
-            Trainer.log(self, logs, start_time)
+            Trainer.log(self, logs | self.costs.a_step() if "loss" in logs else logs, start_time)
 
         def rows_of(self, step: int) -> list[int]:
             return [row for rows in self.run.steps.rows(step) for row in self.run.steps.row_ids(rows)]

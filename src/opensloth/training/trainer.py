@@ -15,8 +15,8 @@ from opensloth.errors import WorkerFailed
 from opensloth.launch.failure import unwritable
 from opensloth.training import checkpoint
 from opensloth.training.callbacks import some
+from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
-from opensloth.training.gradient_sync import GradientSync
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fault:
 
 
 class KeepsRun:
-    """A mixin before TRL's trainers, which need `files`, `since_log` and `sync` before they are made.
+    """A mixin before TRL's trainers, which need `files`, `since_log` and `costs` before they are made.
 
     Methods call transformers' Trainer by name where TRL's own version does more than is wanted (model cards, metrics
     that wait for the card).
@@ -58,8 +58,7 @@ class KeepsRun:
     model: Any
     accelerator: Any
     saved_step = 0  # the last one that has a checkpoint
-    sync: GradientSync
-    tokens_here = 0  # real tokens that this process has put through the model
+    costs: Costs
     writing = False  # whether checkpoints go to the staging folder at the moment
 
     def rows_of(self, step: int) -> list[int]:
@@ -69,13 +68,6 @@ class KeepsRun:
     def describe_fault(self, micro_batch: Any, loss: float) -> Fault:
         """What a person needs to find a micro-batch of `since_log` by."""
         raise NotImplementedError
-
-    def add_sync(self, logs: dict[str, float]) -> None:
-        """Put into a log of training what the gradients' way between the processes took in each step."""
-        if "loss" in logs:
-            found = self.sync.read()
-            logs["seconds/communication"] = round(found.total / max(1, found.steps), 5)
-            logs["seconds/sync"] = round(found.exposed / max(1, found.steps), 5)
 
     def check_finite(self, logs: dict[str, float] | None = None) -> None:
         """Stop at the first micro-batch since the last check whose loss is not a number.
