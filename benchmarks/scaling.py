@@ -37,6 +37,7 @@ PARTS = ("rollout", "wait", "rewards", "train", "sync", "other")
 GROUP = 8
 PADDED = 8  # rows or completions of a padded micro-batch, in the order they come, as most trainers have them
 SPREAD = 0.6  # of the logarithm of the rows' lengths
+LEAST = 5  # seconds that a run is begun for
 GRACE = 60  # seconds that a run has to end itself after its time is over
 Row = dict[str, Any]
 
@@ -130,13 +131,13 @@ def run_all(
         kept = arguments.work / "rows" / f"{setting.name}.json"
         left = min(arguments.limit, begin + arguments.seconds - time.monotonic())
         if not kept.exists():
-            if left <= 0:
+            if left < LEAST:
                 continue
             row = run_one(arguments, setting, models[setting.model], sizes, left, on_cards)
             told = row["failed"] if "failed" in row else f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"{setting.name}: {told}", flush=True)
             if "failed" in row:
-                failed.append(row)
+                failed += [row] if left == arguments.limit else []  # else it was cut off, and has another chance
                 continue
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(json.dumps(row))
@@ -163,7 +164,8 @@ def run_one(
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((output / "result.json").read_text())
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return row | measured(lines, arguments.skip) | {"per_process": result["per_process"]}
+    # per_process counts the whole run, of which the first steps are a part
+    return row | measured(lines, arguments.skip) | {"seconds": result["seconds"], "per_process": result["per_process"]}
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> int | str:
