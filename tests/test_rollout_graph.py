@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from opensloth.rollout import graph
 from opensloth.rollout.generate import generate
-from opensloth.rollout.graph import BUCKET, GraphDecoder
+from opensloth.rollout.graph import BUCKET, CHECK_EVERY, GraphDecoder, smallest
 from opensloth.rollout.merge import Merge, adapted
 from opensloth.rollout.sampling import Noise, Sampling
 
@@ -53,6 +54,41 @@ def test_a_batch_of_shorter_completions_follows_in_the_same_buffers() -> None:
         asked = settings(5, max_new=longest)
         plain, fixed = generate(model, PROMPTS, **asked), generate(model, PROMPTS, write=decoder, **asked)
         assert [one.ids for one in plain] == [one.ids for one in fixed]
+
+
+def test_finished_rows_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven completions of three prompts in buffers for sixteen; they end one after the other, and none is lost."""
+    model, decoder = policy(), GraphDecoder()
+    computed: list[int] = []
+    plain_step = GraphDecoder.plain
+
+    def counted(self: Any, model: Any, state: Any, *more: Any) -> None:
+        computed.append(state.count)
+        plain_step(self, model, state, *more)
+
+    monkeypatch.setattr(graph, "SMALLEST", 2)
+    monkeypatch.setattr(GraphDecoder, "plain", counted)
+    generate(model, [[5, 6]] * 16, write=decoder, **settings(16, max_new=2))
+    computed.clear()
+    prompts = (PROMPTS * 3)[:11]
+    asked = settings(11, stops=[3, *range(50, 58)], max_new=120)
+    plain, fixed = generate(model, prompts, **asked), generate(model, prompts, write=decoder, **asked)
+    assert [one.ids for one in plain] == [one.ids for one in fixed]
+    for one, other in zip(plain, fixed, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert computed == sorted(computed, reverse=True)
+    assert set(computed) >= {16, 8, 4}
+    lengths = [len(one.ids) for one in plain]
+    for at, count in enumerate(computed, start=1):  # half of what is computed is open, but for the steps between looks
+        still = sum(length > at // CHECK_EVERY * CHECK_EVERY for length in lengths)
+        assert count == smallest(16, still)
+
+
+@pytest.mark.parametrize(
+    ("rows", "needed", "count"), [(64, 64, 64), (64, 32, 32), (64, 33, 64), (100, 13, 13), (9, 1, 5)]
+)
+def test_rows_are_halved_while_all_that_are_open_fit(rows: int, needed: int, count: int) -> None:
+    assert smallest(rows, needed) == count
 
 
 def test_greedy_and_cut_completions_are_the_same_too() -> None:

@@ -1,11 +1,18 @@
 """`--rollout graph`: decoding with CUDA graphs over fixed buffers, sampling included.
 
 A decoding step of a small model is a thousand short kernels, and launching them takes ten times as long as running
-them. Recorded once for each length of the cache (in steps of BUCKET), a step is replayed as one; weights change in
-place, so recordings stay good for the whole run. Prompts go through the model once for each group. On a CPU the same
-steps run without recordings.
+them. Recorded once for each length of the cache (in steps of BUCKET) and number of rows, a step is replayed as one;
+weights change in place, so recordings stay good for the whole run. Prompts go through the model once for each group.
+On a CPU the same steps run without recordings.
+
+What has ended stops costing: every CHECK_EVERY steps, when the open rows fit into half of those that are computed (or a
+quarter, and so on, down to SMALLEST), they move to the front of the buffers, and the steps from then on compute only
+the front. Halves keep the recordings few, and a move costs about what two steps read. Rows are not refilled from the
+prompts that wait: a refilled row would need a place of its own in the cache, and a step's batch waits for its longest
+completion in any case.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +26,10 @@ from opensloth.rollout.sampling import Sampling, choose
 
 BUCKET = 64  # positions of the cache; attention costs what the bucket holds
 CHECK_EVERY = 8  # steps between two looks at whether all completions have ended: each waits for the card
-WARM_UP = 2  # steps before a recording, in which libraries choose and load their kernels
+WARM_UP = 2  # steps made plainly before one is recorded: libraries choose and load their kernels in them
+SMALLEST = 8  # rows; fewer cost a step nothing less
+
+How = tuple[Sampling, tuple[int, ...]]  # how tokens are chosen, and which end a completion
 
 
 class FixedLayer(DynamicLayer):  # type: ignore[misc]
@@ -27,7 +37,7 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]
 
     Attributes:
         slot: (1,), where the next position is written; shared by all layers.
-        visible: positions that attention looks at.
+        count, visible: rows, and positions of each, that attention looks at.
     """
 
     def __init__(self, like: DynamicLayer, rows: int, length: int, slot: torch.Tensor) -> None:
@@ -36,26 +46,36 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = like.keys.new_zeros(shape), like.values.new_zeros(shape)
         self.is_initialized = True
         self.slot = slot
-        self.visible = length
+        self.count, self.visible = rows, length
 
     def fill(self, prompt: DynamicLayer, source: torch.Tensor) -> None:
         """Row i begins with what row `source[i]` of the prompts' cache holds."""
         for mine, theirs in ((self.keys, prompt.keys), (self.values, prompt.values)):
-            mine[:, :, : theirs.shape[2]] = theirs[source]
+            mine[: len(source), :, : theirs.shape[2]] = theirs[source]
+
+    def move(self, rows: torch.Tensor, length: int) -> None:
+        """Row i becomes what row `rows[i]` was, so many positions of it."""
+        for mine in (self.keys, self.values):
+            mine[: len(rows), :, :length] = mine[rows, :, :length]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
-        return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
+        keys, values = self.keys[: self.count], self.values[: self.count]
+        keys.index_copy_(2, self.slot, key_states)
+        values.index_copy_(2, self.slot, value_states)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
 
 
 class Buffers:
-    """All that a decoding step reads and writes, for `rows` completions of at most `new` tokens."""
+    """All that a decoding step reads and writes, for `rows` completions of at most `new` tokens.
+
+    `count` is how many of the rows, from the front, a step computes.
+    """
 
     def __init__(self, prompts: Cache, rows: int, length: int, new: int, device: torch.device) -> None:
         self.rows, self.length, self.new = rows, length, new
+        self.count = rows
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.cache = Cache(layers=[FixedLayer(layer, rows, length, self.slot) for layer in prompts.layers])
@@ -66,23 +86,65 @@ class Buffers:
         self.written = torch.zeros((rows, new), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((rows, new), device=device)
         self.open = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.graphs: dict[tuple[int, Sampling, tuple[int, ...]], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int, How], torch.cuda.CUDAGraph] = {}
+        self.made: Counter[tuple[int, int, How]] = Counter()  # steps without a recording
         self.pool = (
             torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         )  # recordings are never played at once
         self.ends: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def write(self, logits: torch.Tensor, sampling: Sampling, stops: tuple[int, ...]) -> None:
+    def begin(self, prompts: Cache, mask: torch.Tensor, source: torch.Tensor, uniforms: torch.Tensor | None) -> None:
+        """Lay the prompts out: `mask` (distinct prompts, longest), `source` (completions,), `uniforms` as in decode."""
+        asked, longest = len(source), mask.shape[1]
+        self.count = smallest(self.rows, asked)
+        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
+            layer.fill(prompt, source)
+        self.open.zero_()
+        self.open[:asked] = True
+        self.seen.zero_()
+        self.seen[:, 0, 0, 0] = True  # a row that sees nothing would be one of NaN
+        self.seen[:asked, 0, 0, :longest] = mask[source].bool()
+        self.positions.zero_()
+        self.positions[:asked] = mask.sum(1, keepdim=True)[source]
+        self.slot.fill_(longest)
+        self.at.zero_()
+        if uniforms is not None:
+            self.uniforms[:asked, : uniforms.shape[1]] = uniforms
+
+    def write(self, logits: torch.Tensor, how: How) -> None:
         """Choose the tokens of position `at`, and move on by one."""
+        sampling, stops = how
         if stops not in self.ends:
             self.ends[stops] = torch.tensor(stops or (-1,), dtype=torch.long, device=self.at.device)
-        numbers = None if sampling.greedy else self.uniforms.index_select(1, self.at)[:, 0]
+        count = len(logits)
+        numbers = None if sampling.greedy else self.uniforms[:count].index_select(1, self.at)[:, 0]
         chosen, values = choose(logits, sampling, numbers)
-        self.written.index_copy_(1, self.at, chosen[:, None])
-        self.logprobs.index_copy_(1, self.at, values[:, None])
-        self.open.logical_and_((chosen[:, None] != self.ends[stops]).all(1))
-        self.tokens.copy_(chosen[:, None])
+        self.written[:count].index_copy_(1, self.at, chosen[:, None])
+        self.logprobs[:count].index_copy_(1, self.at, values[:, None])
+        self.open[:count].logical_and_((chosen[:, None] != self.ends[stops]).all(1))
+        self.tokens[:count].copy_(chosen[:, None])
         self.at.add_(1)
+
+    def copy_to(self, tokens: torch.Tensor, logprobs: torch.Tensor, rows: torch.Tensor) -> None:
+        """What is written so far, of the first rows, into row `rows[i]` of (completions, new) tensors."""
+        new = tokens.shape[1]
+        tokens[rows], logprobs[rows] = self.written[: len(rows), :new], self.logprobs[: len(rows), :new]
+
+    def shrink(self, count: int, length: int) -> torch.Tensor:
+        """Compute so many rows from now on, the open ones among them.
+
+        Args:
+            length: positions that the cache holds.
+        Returns:
+            (count,) which of the rows before each row was.
+        """
+        rows = (~self.open[: self.count]).to(torch.uint8).argsort(stable=True)[:count]
+        for layer in self.cache.layers:
+            layer.move(rows, length)
+        for one in (self.tokens, self.positions, self.seen, self.uniforms, self.written, self.logprobs, self.open):
+            one[:count] = one[rows]
+        self.count = count
+        return rows
 
 
 class GraphDecoder:
@@ -106,38 +168,31 @@ class GraphDecoder:
         """As `decode.decode`; what follows a stop token is for the caller to cut."""
         device = next(policy.parameters()).device
         ids, mask, places = lay_out(prompts, pad, device)
-        longest = ids.shape[1]
+        longest, asked = ids.shape[1], len(prompts)
         how = (sampling, tuple(stops))
+        source = torch.tensor(places, device=device)
+        tokens = torch.zeros((asked, max_new), dtype=torch.long, device=device)
+        logprobs = torch.zeros((asked, max_new), device=device)
+        rows = torch.arange(asked, device=device)  # which completion each row is
         with self.merge(policy), grouped_attention(policy):
             cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=policy.config).layers])
             logits = step(policy, ids, mask, cache)
-            state = self.room(cache, len(prompts), longest + max_new, max_new, device)
-            if device.type == "cuda":
-                for length in range(longest + 1, longest + max_new, BUCKET):
-                    go_on(halt)
-                    self.record(policy, state, bucket(length), *how)
-                self.record(policy, state, bucket(longest + max_new - 1), *how)
-            missing = state.rows - len(prompts)
-            source = torch.tensor(places + [0] * missing, device=device)
-            for layer, prompt in zip(state.cache.layers, cache.layers, strict=True):
-                layer.fill(prompt, source)
+            state = self.room(cache, asked, longest + max_new, max_new, device)
+            state.begin(cache, mask, source, uniforms)
             del cache
-            state.open.copy_(torch.arange(state.rows, device=device) < len(prompts))
-            state.seen.zero_()
-            state.seen[:, 0, 0, :longest] = mask[source].bool()
-            state.positions.copy_(mask.sum(1, keepdim=True)[source])
-            state.slot.fill_(longest)
-            state.at.zero_()
-            if uniforms is not None:
-                state.uniforms[: len(prompts), :max_new] = uniforms
-            state.write(logits[source], *how)
+            state.write(logits[source], how)
             for at in range(1, max_new):
                 go_on(halt)
-                if at % CHECK_EVERY == 0 and not bool(state.open.any()):
-                    break
-                self.advance(policy, state, bucket(longest + at), *how)
-        rows = len(prompts)
-        return state.written[:rows, :max_new].tolist(), state.logprobs[:rows, :max_new].tolist()
+                if at % CHECK_EVERY == 0:
+                    left = int(state.open[: state.count].sum())
+                    if left == 0:
+                        break
+                    if smallest(state.rows, left) < state.count:
+                        state.copy_to(tokens, logprobs, rows)
+                        rows = rows[state.shrink(smallest(state.rows, left), longest + at)]
+                self.advance(policy, state, bucket(longest + at), how)
+            state.copy_to(tokens, logprobs, rows)
+        return tokens.tolist(), logprobs.tolist()
 
     def room(self, cache: Cache, rows: int, length: int, new: int, device: torch.device) -> Buffers:
         """Buffers that are large enough; the old ones, and their recordings, where they are."""
@@ -149,56 +204,53 @@ class GraphDecoder:
         assert self.buffers is not None
         return self.buffers
 
-    def advance(
-        self, policy: torch.nn.Module, state: Buffers, length: int, sampling: Sampling, stops: tuple[int, ...]
-    ) -> None:
-        """One token for every row, with attention over the first `length` positions."""
-        graph = state.graphs.get((length, sampling, stops))
-        if graph is not None:
+    def advance(self, policy: torch.nn.Module, state: Buffers, length: int, how: How) -> None:
+        """One token for every row that is computed, with attention over the first `length` positions."""
+        key = (state.count, length, how)
+        if state.at.device.type == "cuda" and key not in state.graphs:
+            state.made[key] += 1
+            if state.made[key] > WARM_UP:
+                state.graphs[key] = self.record(policy, state, length, how)
+        graph = state.graphs.get(key)
+        if graph is None:
+            self.plain(policy, state, length, how)
+        else:
             graph.replay()
-            return
+
+    def plain(self, policy: torch.nn.Module, state: Buffers, length: int, how: How) -> None:
+        """What is recorded."""
+        count = state.count
         state.seen.index_fill_(3, state.slot, True)
         for layer in state.cache.layers:
-            layer.visible = length
+            layer.count, layer.visible = count, length
         out: Any = policy(
-            input_ids=state.tokens,
-            attention_mask=state.seen[..., :length],
-            position_ids=state.positions,
+            input_ids=state.tokens[:count],
+            attention_mask=state.seen[:count, ..., :length],
+            position_ids=state.positions[:count],
             past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        state.write(out.logits[:, -1], sampling, stops)
+        state.write(out.logits[:, -1], how)
         state.slot.add_(1)
         state.positions.add_(1)
 
-    def record(
-        self, policy: torch.nn.Module, state: Buffers, length: int, sampling: Sampling, stops: tuple[int, ...]
-    ) -> None:
-        """Record a step of this length, unless it is there. Leaves the buffers' contents undefined."""
-        key = (length, sampling, stops)
-        if key in state.graphs:
-            return
-
-        def rehearse() -> None:
-            state.slot.zero_()
-            state.at.zero_()
-            self.advance(policy, state, length, sampling, stops)
-
-        state.positions.zero_()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                rehearse()
-        torch.cuda.current_stream().wait_stream(aside)
+    def record(self, policy: torch.nn.Module, state: Buffers, length: int, how: How) -> torch.cuda.CUDAGraph:
+        """A recording of a step, which is not made by that: nothing in the buffers changes."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog asks the card from a thread of its own, which would break a recording
         with torch.cuda.graph(graph, pool=state.pool, capture_error_mode="thread_local"):
-            self.advance(policy, state, length, sampling, stops)
-        state.graphs[key] = graph
+            self.plain(policy, state, length, how)
+        return graph
 
 
 def bucket(length: int) -> int:
     """`length` rounded up to whole buckets."""
     return -(-length // BUCKET) * BUCKET
+
+
+def smallest(rows: int, needed: int) -> int:
+    """The smallest number of rows that holds `needed` of them: `rows`, its half (rounded up), its quarter ..."""
+    while rows > SMALLEST and -(-rows // 2) >= needed:
+        rows = -(-rows // 2)
+    return rows
