@@ -32,11 +32,11 @@ from grpo_fixtures import (
 from opensloth.config.jobs import GrpoJob
 from opensloth.config.run import LOSSES
 from opensloth.data.prepared.directory import open_prepared
-from opensloth.engine import lora
+from opensloth.engine import lora, policy
 from opensloth.rewards import choose
 from opensloth.rewards.gold import FAILURES
 from opensloth.rollout import generate as generate_module
-from opensloth.rollout.generate import generate
+from opensloth.rollout.generate import generate, writer_for
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training import grpo
 from opensloth.training.advice import PATIENCE, Advice
@@ -154,7 +154,7 @@ def test_neither_micro_batches_nor_processes_change_a_step(pair, loss):
         for step in (1, 2):
             assert rollouts(other, step)["completion"] == rollouts(one, step)["completion"]
             assert rollouts(other, step)["advantage"] == rollouts(one, step)["advantage"]
-        for key in ("loss", "grad_norm", "reward", "completions/mean_length"):
+        for key in ("loss", "grad_norm", "reward", "entropy", "completions/mean_length"):
             found, expected = ([entry[key] for entry in metrics(run)] for run in (other, one))
             assert found == pytest.approx(expected, rel=SAME, abs=1e-6), key
         assert relative_difference(one, other) <= 1e-4, other
@@ -249,6 +249,47 @@ def test_losses_and_adapter_are_those_of_trls_own_trainer(place, loss, scale, be
     assert len(set(expected)) == steps
     assert [entry["loss"] for entry in metrics(ours)] == pytest.approx(expected, abs=1e-5)
     assert relative_difference(place / "trl", ours) <= 1e-3
+
+
+@pytest.mark.parametrize(("factor", "weight"), [(1.5, 1.5), (0.25, 0.25), (5.0, 2.0)])
+def test_what_the_sampler_found_too_unlikely_weighs_more(here, monkeypatch, factor, weight):
+    """A sampler whose probabilities are too small by a factor: each token's loss is multiplied by it, up to the cap."""
+
+    def shifted(run_dir, rank, inner):
+        def write(policy, *asked):
+            tokens, logprobs = (inner or writer_for(policy))(policy, *asked)
+            return tokens, [[value - math.log(factor) for value in row] for row in logprobs]
+
+        return write
+
+    job = (*OWN, "--max-steps", 1, "--max-grad-norm", 100, "--force")
+    train(*job, "--output", "exact")
+    monkeypatch.setattr("opensloth.training.run_grpo.recorded", shifted)
+    train(*job, "--batch-size", 5, "--output", "shifted")
+    (exact,), (found,) = metrics(here / "exact"), metrics(here / "shifted")
+    assert exact["importance/mean"] == 1
+    assert exact["importance/capped"] == 0
+    assert found["loss"] == pytest.approx(weight * exact["loss"], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(weight * exact["grad_norm"], rel=1e-4)
+    assert found["importance/mean"] == pytest.approx(weight, rel=1e-4)
+    assert found["importance/capped"] == (factor > weight)
+    assert found["logp_gap/mean"] == pytest.approx(abs(math.log(factor)), rel=1e-3)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_no_pass_is_spent_on_the_policy_before_an_update(here, monkeypatch, updates):
+    """Its log-probabilities are those of the first update's own forward pass."""
+    passes = []
+    scores = policy.packed
+
+    def counted(*asked):
+        passes.append(torch.is_grad_enabled())
+        return scores(*asked)
+
+    monkeypatch.setattr(policy, "packed", counted)
+    ways = ("--max-steps", 2, "--updates-per-batch", updates, "--save-steps", 10, "--pack-tokens", 100_000)
+    train(*OWN, *ways, "--force", "--output", "passes")
+    assert passes == [True, True]
 
 
 def test_groups_without_a_spread_are_counted_whatever_advantages_are_divided_by(here):

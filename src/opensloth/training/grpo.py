@@ -25,8 +25,9 @@ from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
 from opensloth.training.held_out import HeldOut, gathered
+from opensloth.training.importance import Gaps, corrected
 from opensloth.training.load import Load
-from opensloth.training.micro_batches import AGAIN, Gaps, Micro, Share, Sizes, cut, gathers_unequal, load_of, weighted
+from opensloth.training.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
 from opensloth.training.prompts import Asked, Prompts
 from opensloth.training.rollouts import Written, write
 from opensloth.training.stopping import StopOnSignal
@@ -87,7 +88,8 @@ def trainer_class() -> type[Any]:
             self.micro_batches: list[Micro] = []
             self.loads: list[Load] = []  # of all processes, in the batch that is trained on
             self.rollout_seconds = 0.0
-            self.policy_logps: torch.Tensor | None = None
+            self.part: dict[str, torch.Tensor] = {}  # the micro-batch that goes through the model
+            self.policy_logps = torch.empty(0)  # of its tokens
             self.best_figure = self.best_so_far(self.figure, -float("inf"))
             put_back = kept_weights(arguments["model"])
             super().__init__(rollout_func=self.roll_out, **arguments)
@@ -108,21 +110,26 @@ def trainer_class() -> type[Any]:
             total = torch.zeros((), device=self.args.device)
             gaps = Gaps(self.args.device)
             last = len(self.micro_batches) - 1
-            for number, (rows, weight) in enumerate(self.micro_batches):
-                part = {name: value if value.dim() == 0 else value[rows] for name, value in self.batch.items()}
-                sync = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
-                with sync, gathers_unequal(self.accelerator, len(self.batch["completion_mask"])):
-                    loss = self._compute_loss(model, part) * weight
-                    self.accelerator.backward(loss)
-                self.costs.sync.backward_done()
-                self.since_log.append(((self.state.global_step, rows), loss.detach()))
-                total += loss.detach()
-                if fresh and weight and self.policy_logps is not None:
-                    gaps.add(self.policy_logps, part)
+            asked_of = torch.zeros_like(self.batch["sampling_per_token_logps"])  # the policy before its first update
+            metrics = self._metrics["train"]
+            with StepFigures(self.accelerator, metrics, len(self.batch["completion_mask"])) as figures:
+                for number, (rows, weight) in enumerate(self.micro_batches):
+                    self.part = {name: value if value.dim() == 0 else value[rows] for name, value in self.batch.items()}
+                    figures.begin(weight)
+                    with contextlib.nullcontext() if number == last else self.accelerator.no_sync(model):
+                        loss = self._compute_loss(model, self.part) * weight
+                        self.accelerator.backward(loss)
+                    self.costs.sync.backward_done()
+                    self.since_log.append(((self.state.global_step, rows), loss.detach()))
+                    total += loss.detach()
+                    asked_of[rows] = self.policy_logps
+                    if fresh and weight:
+                        gaps.add(self.policy_logps, self.part)
             self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:
+                self.batch["old_per_token_logps"] = asked_of
                 for name, value in gaps.figures().items():
-                    self._metrics["train"][name].append(value)
+                    metrics[name].append(value)
             self.costs.spend("train", time.monotonic() - begin)
             return total
 
@@ -192,9 +199,11 @@ def trainer_class() -> type[Any]:
                 stop.drop_if_asked()
             return found
 
-        def _calculate_rewards(self, *arguments: Any) -> Any:
+        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> Any:
             begin = time.monotonic()
-            found = super()._calculate_rewards(*arguments)
+            # TRL's texts lack special tokens and keep a stop token that is an ordinary one
+            completions = [[{"role": "assistant", "content": self.text_of(one)}] for one in self.rollouts]
+            found = super()._calculate_rewards(inputs, prompts, completions, ids)
             if "demo_reward" in self.reward_func_names and len(self.reward_func_names) > 1:
                 # its 0 would make a completion that nobody could judge one with a total of 0
                 demo = self.reward_func_names.index("demo_reward")
@@ -247,6 +256,8 @@ def trainer_class() -> type[Any]:
                     entropy = entropy.index_copy(0, at, found.entropy)
             if torch.is_grad_enabled():
                 self.policy_logps = logps.detach()
+                # TRL reads the advantages after this, and takes them for each token too
+                self.part["advantages"] = corrected(self.part, self.part.get("old_per_token_logps", self.policy_logps))
             return logps, entropy if compute_entropy else None, None
 
         def keep_rollouts(self) -> None:

@@ -86,11 +86,15 @@ class HeldOut:
 
     def judged(self, rollout: Rollout, answer: str) -> Judged:
         """Of a contract without tags: the text alone, neither right nor wrong."""
-        ids = rollout.ids[:-1] if rollout.ids[-1] in self.run.stops else rollout.ids
-        completion = Completion(str(self.run.tokenizer.decode(ids)), len(rollout.ids))
+        completion = Completion(self.text_of(rollout), len(rollout.ids))
         if self.run.contract.tags is None:
             return Judged(completion.text, completion.tokens, in_format=False, right=False)
         return judge(self.run.contract, completion, answer)
+
+    def text_of(self, rollout: Rollout) -> str:
+        """What rewards and verdicts judge: all but the token that ended it."""
+        ids = rollout.ids[:-1] if rollout.ids[-1] in self.run.stops else rollout.ids
+        return str(self.run.tokenizer.decode(ids))
 
     def as_rows(self, prompts: Sequence[PromptRow]) -> list[dict[str, Any]]:
         """The prompts as TRL and the rewards see them; a column that a row lacks is None there."""

@@ -1,12 +1,10 @@
 """A batch of completions, cut into what goes through the model at once; and what each part's loss weighs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
@@ -107,44 +105,60 @@ def load_of(
     return Load(tokens, slots, room)
 
 
-@contextmanager
-def gathers_unequal(accelerator: Any, most: int) -> Iterator[None]:
-    """While it lasts, `accelerator.gather` takes up to `most` numbers of each process, and fills up with NaN.
+class StepFigures:
+    """While it lasts, what TRL logs of each micro-batch; on leaving, one figure of the whole step in its place.
 
-    TRL gathers one number a completion for its figures (which leave NaN out), as if the micro-batches of all processes
-    had equally many completions.
+    TRL takes the mean over micro-batches of what it logs, as if they had equally many tokens, and gathers one number a
+    completion as if those of all processes had equally many completions.
+
+    Attributes:
+        counts: False while a process runs a completion again that has no weight.
     """
-    gather = accelerator.gather
 
-    def filled_up(numbers: torch.Tensor) -> Any:
+    def __init__(self, accelerator: Any, metrics: dict[str, list[float]], completions: int) -> None:
+        self.accelerator, self.metrics, self.completions = accelerator, metrics, completions
+        self.gather, self.reduce = accelerator.gather, accelerator.reduce
+        self.before = {name: len(values) for name, values in metrics.items()}
+        self.tokens: list[float] = []  # of each micro-batch, over all processes
+        self.counts = True
+
+    def begin(self, weight: float) -> None:
+        """The next micro-batch."""
+        self.counts = weight != 0
+        self.tokens.append(0.0)
+
+    def gather_filled_up(self, numbers: torch.Tensor) -> Any:
+        """Up to `completions` numbers of each process, filled up with NaN, which TRL leaves out."""
         if numbers.dim() == 0:
-            return gather(numbers)
-        full = numbers.new_full((most,), float("nan"))
+            return self.gather(numbers)
+        full = numbers.new_full((self.completions,), float("nan"))
         full[: len(numbers)] = numbers
-        return gather(full)
+        return self.gather(full)
 
-    accelerator.gather = filled_up
-    try:
-        yield
-    finally:
-        accelerator.gather = gather
+    def reduce_counted(self, numbers: torch.Tensor, **how: Any) -> Any:
+        """A sum over tokens and their number, over all processes."""
+        found = self.reduce(numbers * self.counts, **how)
+        self.tokens[-1] = float(found[1])
+        return found
+
+    def __enter__(self) -> "StepFigures":
+        self.accelerator.gather, self.accelerator.reduce = self.gather_filled_up, self.reduce_counted
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.accelerator.gather, self.accelerator.reduce = self.gather, self.reduce
+        if error is not None:
+            return
+        for name, values in self.metrics.items():
+            start = self.before.get(name, 0)
+            if len(values) - start == len(self.tokens):
+                values[start:] = [of_step(name, values[start:], self.tokens)]
 
 
-class Gaps:
-    """How far the trainer's log-probabilities are from those that the rollout drew with. 0 but for rounding."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, device=device, dtype=torch.float64)  # of the gaps, and how many
-        self.most = torch.zeros(1, device=device, dtype=torch.float64)
-
-    def add(self, logps: torch.Tensor, part: dict[str, torch.Tensor]) -> None:
-        mask = part["completion_mask"].bool()
-        gap = (logps - part["sampling_per_token_logps"]).abs()[mask].double()
-        self.sums += torch.stack([gap.sum(), mask.sum().double()])
-        self.most = torch.maximum(self.most, gap.max()[None])
-
-    def figures(self) -> dict[str, float]:
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.most, op=dist.ReduceOp.MAX)
-        return {"logp_gap/mean": float(self.sums[0] / self.sums[1].clamp(min=1)), "logp_gap/max": float(self.most)}
+def of_step(name: str, values: Sequence[float], tokens: Sequence[float]) -> float:
+    """One figure of several micro-batches: the least, the most, or the mean over all tokens."""
+    if name.endswith("_min"):
+        return min(values)
+    if name.endswith("_max"):
+        return max(values)
+    return sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1.0)

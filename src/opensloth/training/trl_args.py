@@ -64,7 +64,8 @@ def grpo_args(options: GrpoOptions, frame: Frame, reward_weights: list[float]) -
         # in completions: TRL checks that whole groups fit
         "per_device_train_batch_size": options.prompts_per_step * options.group_size // frame.processes,
         "steps_per_generation": 1,
-        "num_iterations": options.updates_per_batch,
+        # of its own further updates TRL would ask the old policy in a pass of its own; our first update remembers it
+        "num_iterations": 1,
         "num_generations": options.group_size,
         "num_generations_eval": 1,
         "per_device_eval_batch_size": 1,
