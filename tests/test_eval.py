@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from opensloth.data.prompt.choose import contract_for
 from opensloth.evaluation.generate import Completion
 from opensloth.evaluation.score import judge, paired_difference, pass_at, share
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 RIGHT = "2 + 3 = 5.<end_working_out><SOLUTION>5</SOLUTION>"
 
@@ -104,6 +105,20 @@ def test_what_cannot_be_judged_is_one_line(model, tmp_path):
     assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
         "error: --task math finds answers between tags, and the contract inferred has none."
     ]
+
+
+def test_a_model_that_is_broken_is_one_line(tmp_path):
+    """Its weights are not numbers, and so is what it says of the next token."""
+    broken = tiny_model(tiny_tokenizer())
+    with torch.no_grad():
+        broken.lm_head.weight[:] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    options = ("--chat-template", "reasoning", "-n", 2, "--max-new", 2)
+    run = os_eval("sample:arithmetic", "--model", "broken", *options, cwd=tmp_path)
+    assert run.returncode == 3, run.stderr
+    assert "error: broken cannot be scored: the model's logits are not finite" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_wrong_answers_are_shown(model, tmp_path):

@@ -624,6 +624,18 @@ def test_recorded_steps_train_as_generate_does(here):
     assert all(entry["logp_gap/max"] < 1e-4 for entry in metrics(here / "recorded"))  # also of a trained adapter
 
 
+def test_a_stop_token_that_is_an_ordinary_one_is_judged_by_nobody(here):
+    """Rewards, verdicts and the record see the same text: without what ended it."""
+    (here / "lengths.py").write_text(
+        "def lengths(completions, **_):\n    return [float(len(turns[0]['content'])) for turns in completions]\n"
+    )
+    job = ("data", "--model", "model", *BATCH, "--rewards", "lengths.py:lengths", "--processes", 1)
+    train(*job, "--max-steps", 1, "--stop", "1", "--output", "ordinary")
+    found = rollouts(here / "ordinary", 1)
+    assert any(text.endswith("<SOLUTION>") for text in found["completion"])
+    assert found["reward_lengths"] == [float(len(text)) for text in found["completion"]]
+
+
 def test_a_reward_gets_no_more_held_out_completions_than_in_training(here):
     (here / "few.py").write_text(
         "def few(completions, **_):\n    return [float(len(completions))] * len(completions)\n"

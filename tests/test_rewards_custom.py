@@ -248,6 +248,16 @@ def test_the_demo_counts_the_steps_of_a_run_that_goes_on(capsys: pytest.CaptureF
     assert [step for step in (4, 5, 6, 7) if f"text {step}" in out.out + out.err] == [6]
 
 
+def test_the_demo_counts_optimizer_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a batch is trained on twice, and where a run goes on after step 40."""
+    demo = get("demo_reward", print_every=5)
+    shown = []
+    for step in (40, 42, 44, 46, 48, 50):
+        demo(prompts=["p"], completions=["c"], trainer_state=SimpleNamespace(global_step=step))
+        shown.append(bool(capsys.readouterr().err))
+    assert shown == [True, False, False, True, False, True]
+
+
 def test_the_demo_shows_on_the_first_process_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

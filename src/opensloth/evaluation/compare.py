@@ -15,7 +15,7 @@ from opensloth.data.prompt.choose import CONTRACT_FILE, contract_for
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.sources.open import open_source
 from opensloth.engine import choose
-from opensloth.errors import UserError
+from opensloth.errors import UserError, WorkerFailed
 from opensloth.evaluation.generate import complete, load_for_inference
 from opensloth.evaluation.score import Interval, Judged, judge, paired_difference, pass_at, share
 
@@ -64,6 +64,7 @@ def compare(job: EvalJob) -> Comparison:
 
     Raises:
         UserError: an input without answers, a contract without tags, a model that cannot be loaded.
+        WorkerFailed: a model whose logits are not numbers.
     """
     problems = read_problems(job)
     refs = [resolve_model(model) for model in job.model]
@@ -121,10 +122,16 @@ def report(job: EvalJob, ref: ModelRef, contract: PromptContract, problems: Sequ
 
     def answers(title: str, asked: Sequence[Any], golds: Sequence[str], temperature: float) -> list[Judged]:
         with log.progress(f"{title} of {ref.name}", len(asked), "answers") as progress:
-            written = complete(
-                model, tokenizer, contract, asked,
-                max_new=job.max_new, temperature=temperature, seed=job.seed, done=progress,
-            )  # fmt: skip
+            try:
+                written = complete(
+                    model, tokenizer, contract, asked,
+                    max_new=job.max_new, temperature=temperature, seed=job.seed, done=progress,
+                )  # fmt: skip
+            except FloatingPointError as error:
+                raise WorkerFailed(
+                    f"{ref.spec} cannot be scored: {error}.",
+                    "Look for the step at which its training went wrong; an earlier checkpoint may be sound.",
+                ) from error
         return [judge(contract, one, gold) for one, gold in zip(written, golds, strict=True)]
 
     golds = [example.answer or "" for example in problems]

@@ -12,12 +12,13 @@ PRINT_EVERY = 10
 
 
 def demo_reward(print_every: int = PRINT_EVERY) -> Callable[..., list[float | None]]:
-    """A reward that scores 0 and shows the first completion of its first call and of every `print_every`-th after it.
+    """A reward that scores 0 and shows a completion of its first call and then one every `print_every` optimizer steps.
 
-    A trainer's steps are counted in place of calls: a run that goes on shows what it would have shown. Only the first
-    process shows. 0 shows nothing.
+    A batch on which several steps train is one call; outside of a trainer each call is a step. The steps are those of
+    the whole run, so that a resumed one goes on as it was. Only the first process shows. 0 shows nothing.
     """
     calls = 0
+    shown: int | None = None  # how often it was due at the last call
 
     def demo_reward(
         *,
@@ -27,11 +28,14 @@ def demo_reward(print_every: int = PRINT_EVERY) -> Callable[..., list[float | No
         trainer_state: Any = None,
         **columns: Any,
     ) -> list[float | None]:
-        nonlocal calls
-        number = calls if trainer_state is None else trainer_state.global_step
-        if completions and print_every and number % print_every == 0 and os.environ.get("RANK", "0") == "0":
-            log.say(sample(text_of(prompts[0]), text_of(completions[0]), None if answer is None else answer[0]))
+        nonlocal calls, shown
+        step = calls if trainer_state is None else trainer_state.global_step
         calls += 1
+        if shown is None and print_every and step % print_every:
+            shown = step // print_every  # before this run was stopped
+        if completions and print_every and step // print_every != shown and os.environ.get("RANK", "0") == "0":
+            shown = step // print_every
+            log.say(sample(text_of(prompts[0]), text_of(completions[0]), None if answer is None else answer[0]))
         return [0.0] * len(completions)
 
     return demo_reward
