@@ -257,7 +257,7 @@ def test_what_the_sampler_found_too_unlikely_weighs_more(here, monkeypatch, fact
 
     def shifted(run_dir, rank, inner):
         def write(policy, *asked):
-            tokens, logprobs = (inner or writer_for(policy))(policy, *asked)
+            tokens, logprobs = (inner or writer_for(policy, 1))(policy, *asked)
             return tokens, [[value - math.log(factor) for value in row] for row in logprobs]
 
         return write

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opensloth.engine import attention
-from opensloth.rollout.decode import serves
+from opensloth.rollout.decode import why_not
 from opensloth.rollout.generate import as_policy, generate
 from opensloth.rollout.grouped import grouped
 from opensloth.rollout.sampling import Noise, Sampling, choose
@@ -36,7 +36,7 @@ def model(tokenizer):
 def either_way(request, monkeypatch):
     """Both ways of making completions: what a test says holds for each."""
     if request.param == "transformers":
-        monkeypatch.setattr("opensloth.rollout.generate.serves", lambda policy: False)
+        monkeypatch.setattr("opensloth.rollout.generate.why_not", lambda *asked: "a test")
 
 
 @pytest.fixture
@@ -250,11 +250,11 @@ def test_settings_that_come_with_a_model_change_nothing(model):
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "granite"])
 def test_our_loop_writes_what_transformers_does(tokenizer, arch, monkeypatch):
     model = tiny_model(tokenizer, arch).eval()
-    assert serves(model)
+    assert not why_not(model, 64)
     groups = [prompt for prompt in PROMPTS for _ in range(4)]
     stops = tuple(range(0, 700, 9))  # completions end one after the other, so that the batch shrinks
     ours = write(model, groups, sampling=Sampling(), stops=stops, max_new=24)
-    monkeypatch.setattr("opensloth.rollout.generate.serves", lambda policy: False)
+    monkeypatch.setattr("opensloth.rollout.generate.why_not", lambda *asked: "a test")
     theirs = write(model, groups, sampling=Sampling(), stops=stops, max_new=24)
     assert [rollout.ids for rollout in ours] == [rollout.ids for rollout in theirs]
     lengths = {len(rollout.ids) for rollout in ours}
@@ -279,16 +279,17 @@ def test_grouped_attention_is_sdpa(new, heads):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_our_loop_leaves_other_caches_to_transformers(tokenizer, model, monkeypatch):
+def test_our_loop_says_what_it_leaves_to_transformers(tokenizer, model, monkeypatch):
     sliding = tiny_model(tokenizer, "mistral")
-    assert sliding.config.sliding_window
-    assert not serves(sliding)
-    assert serves(model)
+    assert not why_not(sliding, 4096)  # a window that nobody leaves hides nothing
+    assert why_not(sliding, 4097) == "4,097 tokens are more than its window of 4,096"
+    assert "caps attention logits" in why_not(tiny_model(tokenizer, "gemma2"), 20)
+    assert not why_not(model, 4097)
     model.set_attn_implementation("eager")
-    assert not serves(model)
+    assert "eager" in why_not(model, 20)
     model.set_attn_implementation("sdpa")
     monkeypatch.setitem(sys.modules, "unsloth", sys)
-    assert not serves(model)
+    assert "not transformers' own" in why_not(model, 20)
 
 
 def test_finished_completions_are_counted(model):

@@ -34,7 +34,7 @@ def asked(count, **changed):
     return {"stops": [3], "pad": 0, "max_new": 40, "sampling": Sampling(), "noise": noise, **changed}
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_recorded_steps_write_what_the_plain_loop_writes(arch):
     model, decoder = policy(arch), GraphDecoder()
     for count in (5, 3, 5):  # the second and third time from the recordings
@@ -43,6 +43,20 @@ def test_recorded_steps_write_what_the_plain_loop_writes(arch):
         for one, other in zip(plain, recorded, strict=True):
             assert one.ids == other.ids
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_rows_that_have_ended_leave_the_recordings():
+    """Forty completions end one after the other; each smaller number of rows has recordings of its own."""
+    model, decoder = policy(), GraphDecoder()
+    prompts = PROMPTS * 8
+    how = asked(40, stops=[3, *range(50, 66)], max_new=150)
+    plain = generate(model, prompts, **how)
+    for _ in range(2):
+        recorded = generate(model, prompts, write=decoder, **how)
+        assert [one.ids for one in recorded] == [one.ids for one in plain]
+        for one, other in zip(plain, recorded, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    assert len({rows for rows, _, _ in decoder.buffers.graphs}) > 2
 
 
 def test_recordings_follow_the_weights():

@@ -2,7 +2,8 @@
 
 Each distinct prompt goes through the model once, whatever the size of its group; keys and values are laid out once, not
 copied at every token (here) nor for every head (grouped.py); and what has ended leaves the batch. It serves
-transformers' own models with plain attention over everything; `serves` says which, and others are left to `generate`.
+transformers' own models with plain attention over everything; `why_not` says which it does not, and these are left to
+`generate`.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opensloth.engine import attention
 from opensloth.rollout import grouped
@@ -41,19 +42,35 @@ def go_on(halt: Halt) -> None:
         raise Halted
 
 
-def serves(policy: torch.nn.Module) -> bool:
-    """Whether this loop knows how the model keeps keys and values: one tensor each a layer, all positions seen."""
+def why_not(policy: torch.nn.Module, longest: int) -> str:
+    """Why this loop cannot complete prompts with a model, or an empty string. The words end up in one line.
+
+    It keeps keys and values as one tensor each a layer, and lets a token see all positions before it.
+
+    Args:
+        longest: tokens of the longest prompt and its completion: within a window, a model that has one sees everything.
+    """
     base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     if "unsloth" in sys.modules or not isinstance(base, PreTrainedModel):
-        return False  # unsloth puts forward passes of its own, with a cache of their own, under transformers' classes
+        return "its forward pass is not transformers' own"  # unsloth puts its own, with their cache, in their place
     config = base.config
-    if not type(base).__module__.startswith("transformers.") or config.get_text_config(decoder=True) is not config:
-        return False
-    takes = inspect.signature(type(base).forward).parameters
-    if config._attn_implementation not in ("sdpa", attention.NAME) or not takes.keys() >= WORDS:
-        return False
+    if not type(base).__module__.startswith("transformers."):
+        return "its code is not in transformers"
+    if config.get_text_config(decoder=True) is not config:
+        return "it reads more than text"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps attention logits"
+    if config._attn_implementation not in ("sdpa", attention.NAME):
+        return f"its attention is {config._attn_implementation}"
+    if not inspect.signature(type(base).forward).parameters.keys() >= WORDS:
+        return "its forward pass takes other words"
     layers = DynamicCache(config=config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return "it keeps more than keys and values"
+    windows = [layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer]
+    if windows and longest > min(windows):
+        return f"{longest:,} tokens are more than its window of {min(windows):,}"
+    return ""
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
-from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, serves
+from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 ON_CPU = 64  # completions at once
@@ -78,7 +78,7 @@ def generate(
         device = next(policy.parameters()).device
         longest = max(map(len, prompts)) + max_new if prompts else 1
         size = batch or at_once(getattr(policy, "config", None), device, longest)
-        complete = write or writer_for(policy)
+        complete = write or writer_for(policy, longest)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             numbers = None if uniforms is None else uniforms[rows].to(device)
@@ -90,9 +90,9 @@ def generate(
     return [found[index] for index in range(len(prompts))]
 
 
-def writer_for(policy: torch.nn.Module) -> Write:
-    """Our own loop, or transformers' where that does not serve the model."""
-    return decode if serves(policy) else by_transformers
+def writer_for(policy: torch.nn.Module, longest: int) -> Write:
+    """Our own loop, or transformers' where that does not serve the model. `longest` as in decode.why_not."""
+    return by_transformers if why_not(policy, longest) else decode
 
 
 def at_once(config: Any, device: torch.device, length: int, share: float = 0.5) -> int:

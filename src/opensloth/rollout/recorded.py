@@ -64,7 +64,7 @@ class Recorder:
         uniforms: torch.Tensor | None,
         halt: Halt = never,
     ) -> tuple[list[list[int]], list[list[float]]]:
-        complete = self.inner or writer_for(policy)
+        complete = self.inner or writer_for(policy, max(map(len, prompts)) + max_new)
         written = complete(policy, prompts, stops, pad, max_new, sampling, uniforms, halt)
         if uniforms is None:
             return written

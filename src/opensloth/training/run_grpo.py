@@ -20,7 +20,7 @@ from opensloth.engine import Engine, load, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards.choose import chosen
 from opensloth.rewards.gold import FAILURES
-from opensloth.rollout.decode import serves
+from opensloth.rollout.decode import why_not
 from opensloth.rollout.generate import at_once, bytes_of_row
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.recorded import recorded
@@ -52,7 +52,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     longest = int(prepared.lengths.max()) + job.max_new
     packing = bool(prepared.manifest.options["packing"])
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
-    decoder = writer(job, engine, place)
+    decoder = writer(job, engine, place, longest)
     rows, kept = room_for_rollouts(job, engine, place, longest) if decoder else (None, 0)
     memory = plan.choose(engine, job, place.device, longest=longest, kept=kept)
     if place.leads:
@@ -132,18 +132,29 @@ def describe_run(
     )
 
 
-def writer(job: GrpoJob, engine: Engine, place: Place) -> GraphDecoder | None:
-    """What completes prompts. Raises UserError where `--rollout graph` was asked for and cannot serve the model."""
-    # LLM.int8 looks for outliers on the host at every layer, and what waits for the card cannot be recorded
-    recordable = place.device.type != "cuda" or not job.load_in_8bit
-    able = engine.name == "native" and recordable and serves(engine.model)
-    if job.rollout == "graph" and not able:
+def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDecoder | None:
+    """What completes prompts, of at most `longest` tokens with what is written; None: rollout.generate chooses.
+
+    Where transformers' own `generate` is left, which is slower, a note of the engine says why.
+
+    Raises:
+        UserError: `--rollout graph` was asked for and cannot serve the model.
+    """
+    if engine.name != "native":
+        reason = f"engine {engine.name} brings its own"
+    elif reason := why_not(engine.model, longest):
+        engine.notes.append(f"completions come from transformers' own generate: {reason}")
+    elif job.load_in_8bit and place.device.type == "cuda":
+        # LLM.int8 looks for outliers on the host at every layer, and what waits for the card cannot be recorded
+        reason = "8-bit kernels cannot be recorded"
+    if job.rollout == "graph" and reason:
+        config: Any = engine.model.config
         raise UserError(
-            "--rollout graph serves models of transformers with plain attention, on engine native, but not in 8-bit.",
+            f"--rollout graph cannot serve {config.model_type}: {reason}.",
             "Use --rollout generate (or auto) with this one.",
         )
     wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
-    return GraphDecoder() if able and wanted else None
+    return GraphDecoder() if wanted and not reason else None
 
 
 def room_for_rollouts(job: GrpoJob, engine: Engine, place: Place, longest: int) -> tuple[int | None, int]:
