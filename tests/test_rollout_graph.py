@@ -91,6 +91,14 @@ def test_rows_are_halved_while_all_that_are_open_fit(rows: int, needed: int, cou
     assert smallest(rows, needed) == count
 
 
+def test_buffers_that_were_freed_are_made_anew() -> None:
+    model, decoder = policy(), GraphDecoder()
+    first = generate(model, PROMPTS, write=decoder, **settings(5))
+    decoder.release()
+    assert decoder.buffers is None
+    assert generate(model, PROMPTS, write=decoder, **settings(5)) == first
+
+
 def test_greedy_and_cut_completions_are_the_same_too() -> None:
     model = policy()
     asked = settings(5, sampling=Sampling(temperature=0), noise=None, stops=[3], max_new=7)

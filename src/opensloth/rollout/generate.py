@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
+from opensloth.engine.memory import free_bytes
 from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
+from opensloth.rollout.room import MOST
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 ON_CPU = 64  # completions at once
-MOST = 1024  # beyond this a card is busy
+SHARE = 0.5  # of a card's free memory
 
 
 Write = Callable[..., tuple[list[list[int]], list[list[float]]]]
@@ -95,8 +97,8 @@ def writer_for(policy: torch.nn.Module, longest: int) -> Write:
     return by_transformers if why_not(policy, longest) else decode
 
 
-def at_once(config: Any, device: torch.device, length: int, share: float = 0.5) -> int:
-    """Completions that are made at once. On a card as many as `share` of its free memory holds, up to MOST.
+def at_once(config: Any, device: torch.device, length: int) -> int:
+    """Completions that are made at once. On a card as many as SHARE of its free memory holds, up to MOST.
 
     A decoding step takes nearly the same time for ten rows and for a thousand there.
 
@@ -105,19 +107,18 @@ def at_once(config: Any, device: torch.device, length: int, share: float = 0.5) 
     """
     if device.type != "cuda":
         return ON_CPU
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(max(int((free + reusable) * share / bytes_of_row(config, length)), 1), MOST)
+    free = free_bytes(device) or 0
+    return min(max(int(free * SHARE / bytes_of_row(config, length)), 1), MOST)
 
 
-def bytes_of_row(config: Any, length: int) -> int:
+def bytes_of_row(config: Any, length: int, copies: float = 2) -> int:
     """What decoding one completion takes: keys and values in 16 bits (twice, while a batch shrinks), and a choice."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head * 2 * 2
+    cache = 2 * text.num_hidden_layers * heads * head * 2
     choosing = text.vocab_size * 40  # logits in 16, 32 and 64 bits, their probabilities and sums
-    return int(cache * length + choosing)
+    return int(cache * length * copies + choosing)
 
 
 def by_transformers(

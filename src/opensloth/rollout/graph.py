@@ -194,6 +194,11 @@ class GraphDecoder:
             state.copy_to(tokens, logprobs, rows)
         return tokens.tolist(), logprobs.tolist()
 
+    def release(self) -> None:
+        """Give the memory of buffers and recordings back to the card; the next batch makes them anew."""
+        self.buffers = None
+        torch.cuda.empty_cache()
+
     def room(self, cache: Cache, rows: int, length: int, new: int, device: torch.device) -> Buffers:
         """Buffers that are large enough; the old ones, and their recordings, where they are."""
         old = self.buffers

@@ -46,6 +46,7 @@ class Run:
         stops: ids that end a completion.
         evaluates: whether any prompts are held out; `held_out` are those of this process.
         write: what completes a batch, where it is not `--rollout generate`; `at_once` completions, where that is fixed.
+        release: frees what completing took, where training needs the room.
         columns: the names of the data's other columns, which the rewards are given.
     """
 
@@ -66,6 +67,7 @@ class Run:
     held_out: list[PromptRow]
     write: Write | None
     at_once: int | None
+    release: Callable[[], None] | None
     columns: set[str]
 
 
@@ -195,6 +197,9 @@ def trainer_class() -> type[Any]:
                     f"After step {self.state.global_step}: {error}.",
                     "Lower --lr, or start from another model. The last checkpoint is kept.",
                 ) from error
+            finally:
+                if run.release is not None:
+                    run.release()
             if stop:
                 stop.drop_if_asked()
             return found

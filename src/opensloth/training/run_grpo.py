@@ -16,14 +16,18 @@ from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
-from opensloth.engine import Engine, load, native, policy
+from opensloth.engine import Engine, load, memory, native, policy
+from opensloth.engine.memory import free_bytes
 from opensloth.errors import UserError
-from opensloth.rewards.choose import chosen
+from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
+from opensloth.rollout import room as rooms
 from opensloth.rollout.decode import why_not
-from opensloth.rollout.generate import at_once, bytes_of_row
-from opensloth.rollout.graph import GraphDecoder
+from opensloth.rollout.generate import bytes_of_row
+from opensloth.rollout.graph import GraphDecoder, bucket
+from opensloth.rollout.merge import adapted
 from opensloth.rollout.recorded import recorded
+from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
 from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
@@ -33,8 +37,6 @@ from opensloth.training.prompts import Prompts
 from opensloth.training.rehearsal import grpo_attempt, rehearse
 from opensloth.training.run import evaluated, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
-
-KEPT = 0.2  # of a card's free memory, for the buffers of rollouts
 
 
 def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place: Place) -> None:
@@ -53,17 +55,17 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     packing = bool(prepared.manifest.options["packing"])
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     decoder = writer(job, engine, place, longest)
-    rows, kept = room_for_rollouts(job, engine, place, longest) if decoder else (None, 0)
-    memory = plan.choose(engine, job, place.device, longest=longest, kept=kept)
+    room = room_for_rollouts(job, engine, decoder, place, longest) if decoder else None
+    chosen = plan.choose(engine, job, place.device, longest=longest, kept=room.kept if room else 0)
     if place.leads:
-        for line in [*engine.notes, *plan.describe_batches(laid_out, job, memory, place.processes)]:
+        for line in [*engine.notes, *plan.describe_batches(laid_out, job, chosen, place.processes)]:
             log.say(line)
-    pack_tokens = memory.pack_tokens
+    pack_tokens = chosen.pack_tokens
     if packs(engine) and job.batch_size is None:
         attempt = grpo_attempt(engine, policy.packed, longest - job.max_new, job.max_new, place.device)
-        pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
-    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, rows)
-    trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, place)
+        pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
+    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
+    trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
     updates = job.updates_per_batch
@@ -107,7 +109,7 @@ def describe_run(
     pack_tokens: int,
     place: Place,
     decoder: GraphDecoder | None,
-    rows_at_once: int | None,
+    room: Room | None,
 ) -> grpo.Run:
     held = held_out_prompts(run_dir, prepared)
     return grpo.Run(
@@ -125,7 +127,8 @@ def describe_run(
         pad=engine.pad_id,
         seed=seed_of(job, prepared),
         write=recorded(run_dir, place.rank, decoder),
-        at_once=rows_at_once,
+        at_once=room.rows if room else None,
+        release=decoder.release if decoder and room and not room.stays else None,
         evaluates=bool(held),
         held_out=held[place.rank :: place.processes],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
@@ -157,14 +160,19 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
     return GraphDecoder() if wanted and not reason else None
 
 
-def room_for_rollouts(job: GrpoJob, engine: Engine, place: Place, longest: int) -> tuple[int | None, int]:
-    """Completions that are made at once in buffers that stay, and the bytes of those; training gets the rest."""
-    if place.device.type != "cuda":
-        return None, 0
+def room_for_rollouts(job: GrpoJob, engine: Engine, decoder: GraphDecoder, place: Place, longest: int) -> Room | None:
+    """The decoder's buffers on a card; None on a CPU. What merging keeps is laid aside first."""
+    if free_bytes(place.device) is None:
+        return None
     config: Any = engine.model.config
+    decoder.merge.save(adapted(engine.model))
+    state = memory.estimate(config, job, engine.dtype.itemsize).adapter  # gradients and moments, which are yet to come
+    free = max((free_bytes(place.device) or 0) - state, 0)
     completions = job.prompts_per_step * job.group_size // place.processes
-    rows = min(completions, at_once(config, place.device, longest, share=KEPT))
-    return rows, rows * bytes_of_row(config, longest)
+    copies = 1 + 1 / job.group_size  # the prompts' own, once for each group
+    room = rooms.choose(completions, bytes_of_row(config, bucket(longest), copies), free)
+    engine.notes.append(str(room))
+    return room
 
 
 def build_trainer(
@@ -183,7 +191,7 @@ def build_trainer(
         backend=place.backend,
         processes=place.processes,
     )
-    judges = chosen(job, prepared.contract.tags)
+    judges = rewards.chosen(job, prepared.contract.tags)
     # TRL counts a completion as cut unless it ends with one of these
     model: Any = engine.model
     model.generation_config.eos_token_id = run.stops
