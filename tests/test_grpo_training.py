@@ -364,7 +364,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(here, stop_after, 
 )
 def test_completions_in_flight_are_dropped_and_drawn_again(here, stop_while, monkeypatch, writer, ways, batch, kept):
     if writer == "transformers":
-        monkeypatch.setattr(generate_module, "serves", lambda policy: False)
+        monkeypatch.setattr(generate_module, "why_not", lambda policy, longest: "as this test wants it")
     job = (*OWN, "--max-steps", 4, *ways, "--force")
     whole, cut = here / "flight-whole", here / "flight-cut"
     train(*job, "--output", whole)
