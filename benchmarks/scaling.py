@@ -7,8 +7,8 @@ question, and is answered by one device on the same rows, once packed and once p
 Real tokens count; those of GRPO are tokens of completions. The first steps are left out (compilation, graphs,
 connections).
 
-benchmarks/models.py makes models of known shapes. Without a card CPU processes take the place of devices:
-a rehearsal, whose figures mean nothing. What was measured is kept in --work, so that a benchmark that was cut off goes
+benchmarks/models.py makes models of known shapes. Without a card CPU processes take the place of devices: a rehearsal,
+whose figures mean nothing. What was measured is kept in --work, so that a benchmark that was cut off goes
 on with the runs that it lacks; --seconds ends it early. Prints a table and writes benchmarks/results/scaling-CARD.json.
 """
 
