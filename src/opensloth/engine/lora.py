@@ -5,11 +5,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from opensloth import paths
 from opensloth.config.run import SEVEN_LINEARS, TrainOptions
+from opensloth.engine.lora_layer import LoraLinear
 from opensloth.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,7 +32,15 @@ def attach(model: PreTrainedModel, options: TrainOptions, seed: int) -> PeftMode
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return in_float32(get_peft_model(model, config))
+    return in_float32(get_peft_model(model, with_our_layers(config, model)))
+
+
+def with_our_layers(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """`config`, by which plain linear layers get engine/lora_layer.py. It is no part of what is saved."""
+    linears = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    if linears == {nn.Linear}:  # a quantized layer is one too, and merges in a way of its own
+        config._register_custom_module({nn.Linear: LoraLinear})
+    return config
 
 
 def targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
@@ -54,7 +64,10 @@ def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft only warns where weights are missing
-            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            config = PeftConfig.from_pretrained(str(adapter))
+            if isinstance(config, LoraConfig):
+                config = with_our_layers(config, model)
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config)
             found = adapted.load_adapter(str(adapter), "default", is_trainable=True)  # tells which weights matched
         stray = [*found.missing_keys, *(name for name in found.unexpected_keys if "lora_" in name)]
         if stray:

@@ -6,20 +6,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from opensloth.engine.head import Gradients, Head, chunks, logits_of, through_cap_
+
 IGNORED = -100
 
 
-def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any]) -> torch.Tensor:
+def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any], head: Head | None = None) -> torch.Tensor:
     """The summed cross entropy of a pack: `input_ids` of shape (1, tokens), rows one behind the other.
 
     Logits are made for the tokens before trained ones alone: masked prompts cost nothing in the head.
 
+    Args:
+        head: of the model; without it the model makes all these logits at once.
     Returns:
         A scalar in fp32; 0 (with a graph, so that DDP sees every gradient) for a pack without trained tokens.
     """
     inputs = {name: value for name, value in pack.items() if name != "labels"}
     targets = pack["labels"][0, 1:]
     positions = (targets != IGNORED).nonzero()[:, 0]
+    if head is not None:
+        hidden = head.hidden(model, **inputs)[0].index_select(0, positions)
+        return cross_entropy(head, hidden, targets[positions])
     weight = 1.0
     if len(positions) == 0:  # an empty pack of zero weight
         positions, weight = torch.zeros(1, dtype=torch.long, device=targets.device), 0.0
@@ -29,12 +36,56 @@ def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any]) -> torch.Tensor:
     return weight * F.cross_entropy(logits[0].float(), targets[positions], reduction="sum")
 
 
-def padded_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+def padded_loss(model: torch.nn.Module, batch: Mapping[str, Any], head: Head | None = None) -> torch.Tensor:
     """The summed cross entropy of a padded batch: `input_ids` of shape (rows, longest) with an `attention_mask`."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits[:, :-1]
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
+    if head is not None:
+        hidden = head.hidden(model, **inputs)[:, :-1]
+        return cross_entropy(head, hidden[kept], targets[kept])
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits[:, :-1]
     if not bool(kept.any()):
         return logits.float().sum() * 0.0
     return F.cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
+
+
+def cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross entropy of `targets` (tokens,) after `hidden` (tokens, hidden size), in fp32."""
+    operands = head.operands(hidden)
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands)
+    loss: torch.Tensor = CrossEntropy.apply(*operands, targets, head.cap, needs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class CrossEntropy(torch.autograd.Function):
+    """A sum is all that comes of the logits, so their gradients are known but for a factor: made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        cap: float | None,
+        needs: tuple[bool, bool, bool],
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradients = Gradients(hidden, weight, bias, needs)
+        for part in chunks(len(hidden), len(weight)):
+            logits, at = logits_of(hidden[part], weight, bias, cap), targets[part, None]
+            logps = logits.log_softmax(-1)
+            total -= logps.gather(1, at).sum()
+            if any(needs):
+                slopes = logps.exp_()
+                slopes.scatter_add_(1, at, torch.full_like(at, -1, dtype=slopes.dtype))
+                gradients.add(part, through_cap_(slopes, logits, cap))
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = (None if x is None else (x * upstream[0]).to(ctx.dtype) for x in ctx.saved_tensors)
+        return *found, None, None, None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opensloth.engine.head import Head
+
 Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
@@ -21,6 +23,7 @@ class Engine:
         dtype: of the computation. float16 goes with a loss scaler.
         autocast: whether the trainer must cast the computation (the weights are kept in another type).
         notes: what the user should know of the choices made, one line each.
+        head: of the model, where logits can be made of it chunk by chunk.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Engine:
     dtype: torch.dtype
     autocast: bool
     notes: list[str]
+    head: Head | None = None
 
     @property
     def pad_id(self) -> int:

@@ -1,5 +1,6 @@
 """Engine `native`: transformers' model and PEFT's adapter, with exact packing on every device."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, lora
+from opensloth.engine import head as last_layer
 from opensloth.engine.loss import pack_loss, padded_loss
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
@@ -26,6 +28,9 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     notes = [f"computing in {chosen.value}: {chosen.why}"]
     model = load_base(job, ref, weights_dtype(job, dtype), device)
     refusal = attention.why_not(model.config)
+    head, why = last_layer.find(model)
+    if head is None:
+        notes.append(f"logits of a whole micro-batch are made at once, which takes memory: {why}")
     packs = packing and not refusal
     if refusal:
         padded = "rows are padded, not packed, with" if packing else "this model needs"
@@ -43,11 +48,12 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         name="native",
         model=trained,
         tokenizer=load_tokenizer(ref, job.trust_remote_code),
-        loss=pack_loss if packs else padded_loss,
+        loss=partial(pack_loss if packs else padded_loss, head=head),
         packs=packs,
         dtype=dtype,
         autocast=job.full_finetuning and dtype != torch.float32,
         notes=notes,
+        head=head,
     )
 
 

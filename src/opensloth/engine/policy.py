@@ -3,12 +3,13 @@
 Batches come as TRL makes them: prompts padded on the left, completions on the right, one `attention_mask` over both.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from opensloth.engine import attention
+from opensloth.engine.head import Gradients, Head, chunks, logits_of, through_cap_
 
 
 class TokenScores(NamedTuple):
@@ -23,7 +24,12 @@ class TokenScores(NamedTuple):
 
 
 def packed(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    length: int,
+    temperature: float,
+    head: Head | None = None,
 ) -> TokenScores:
     """One forward over all rows laid one behind the other, without padding; logits for completion tokens alone.
 
@@ -33,21 +39,26 @@ def packed(
         model: with the attention of engine/attention.py; may be wrapped in DDP.
         input_ids, attention_mask: (rows, prompt and completion).
         length: of the completions' part.
+        head: of the model; without it the model makes the logits of all completion tokens at once.
     """
     laid = lay_out(input_ids, attention_mask.bool(), length)
-    logits = model(
-        input_ids=input_ids[laid.keep][None],
-        position_ids=(attention_mask.cumsum(1) - 1)[laid.keep][None],
-        cu_seq_lens_q=laid.rows.queries,
-        cu_seq_lens_k=laid.rows.keys,
-        max_length_q=laid.rows.longest_queries,
-        max_length_k=laid.rows.longest_keys,
-        key_places=laid.key_places,
-        logits_to_keep=laid.predictors,
-        use_cache=False,  # with a cache, rows would see each other
-    ).logits[0]
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids[laid.keep][None],
+        "position_ids": (attention_mask.cumsum(1) - 1)[laid.keep][None],
+        "cu_seq_lens_q": laid.rows.queries,
+        "cu_seq_lens_k": laid.rows.keys,
+        "max_length_q": laid.rows.longest_queries,
+        "max_length_k": laid.rows.longest_keys,
+        "key_places": laid.key_places,
+    }
     at = attention_mask[:, -length:].bool()
-    logps, entropy = score(logits, input_ids[:, -length:][at], temperature)
+    targets = input_ids[:, -length:][at]
+    if head is not None:
+        hidden = head.hidden(model, **inputs)[0].index_select(0, laid.predictors)
+        logps, entropy = score_hidden(head, hidden, targets, temperature)
+    else:  # with a cache, rows would see each other
+        logits = model(**inputs, logits_to_keep=laid.predictors, use_cache=False).logits[0]
+        logps, entropy = score(logits, targets, temperature)
     empty = torch.zeros(at.shape, dtype=logps.dtype, device=at.device)
     return TokenScores(empty.masked_scatter(at, logps), empty.masked_scatter(at, entropy))
 
@@ -93,7 +104,12 @@ def ends(mask: torch.Tensor) -> torch.Tensor:
 
 
 def padded(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    length: int,
+    temperature: float,
+    head: Head | None = None,
 ) -> TokenScores:
     """The same over a padded batch, for models whose rows cannot be packed.
 
@@ -104,16 +120,20 @@ def padded(
     width, before = int(tokens.max()), int(prompts.min()) - 1  # of what stands before, no logits are needed
     order = attention_mask.argsort(dim=1, descending=True, stable=True)[:, :width]
     mask = attention_mask.gather(1, order)
-    logits = model(
-        input_ids=input_ids.gather(1, order),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=width - before,
-        use_cache=False,
-    ).logits[:, before - width :]
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids.gather(1, order),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
     at = attention_mask[:, -length:].bool()
+    targets = input_ids[:, -length:][at]
     rows, columns = at.nonzero(as_tuple=True)
-    logps, entropy = score(logits[rows, prompts[rows] - 1 - before + columns], input_ids[:, -length:][at], temperature)
+    places = prompts[rows] - 1 + columns
+    if head is not None:
+        logps, entropy = score_hidden(head, head.hidden(model, **inputs)[rows, places], targets, temperature)
+    else:
+        logits = model(**inputs, logits_to_keep=width - before, use_cache=False).logits[:, before - width :]
+        logps, entropy = score(logits[rows, places - before], targets, temperature)
     empty = torch.zeros(at.shape, dtype=logps.dtype, device=at.device)
     return TokenScores(empty.masked_scatter(at, logps), empty.masked_scatter(at, entropy))
 
@@ -131,3 +151,49 @@ def score(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tu
     with torch.no_grad():
         mean = ((scaled - total[..., None]).exp() * scaled).sum(-1)
     return logps, total.detach() - mean
+
+
+def score_hidden(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score` of the logits that `head` gives `hidden` (tokens, hidden size), of which a chunk is there at a time."""
+    found: tuple[torch.Tensor, torch.Tensor] = HeadScores.apply(  # type: ignore[no-untyped-call]
+        *head.operands(hidden), targets, temperature, head.cap
+    )
+    return found
+
+
+class HeadScores(torch.autograd.Function):
+    """What is upstream of a log-probability is known in the backward alone, so each chunk's logits are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        cap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logps = torch.empty(len(hidden), device=hidden.device)
+        entropy = torch.empty_like(logps)
+        for part in chunks(len(hidden), len(weight)):
+            logits = logits_of(hidden[part], weight, bias, cap)
+            logps[part], entropy[part] = score(logits, targets[part], temperature)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.temperature, ctx.cap = temperature, cap
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for part in chunks(len(hidden), len(weight)):
+            logits, factor = logits_of(hidden[part], weight, bias, ctx.cap), upstream[0][part, None] / ctx.temperature
+            slopes = (logits / ctx.temperature).softmax(-1).mul_(-factor)
+            slopes.scatter_add_(1, targets[part, None], factor)
+            gradients.add(part, through_cap_(slopes, logits, ctx.cap))
+        found = (gradients.hidden, gradients.weight, gradients.bias)
+        return *(None if x is None else x.to(weight.dtype) for x in found), None, None, None

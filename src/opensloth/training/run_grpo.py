@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
             log.say(line)
     pack_tokens = chosen.pack_tokens
     if packs(engine) and job.batch_size is None:
-        attempt = grpo_attempt(engine, policy.packed, longest - job.max_new, job.max_new, place.device)
+        attempt = grpo_attempt(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
@@ -83,6 +85,11 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
 def packs(engine: Engine) -> bool:
     """Whether completions lie one behind the other. `policy.packed` speaks to our own attention alone."""
     return engine.packs and engine.name == "native"
+
+
+def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
+    """The log-probabilities of completions, as the engine can."""
+    return partial(policy.packed if packs(engine) else policy.padded, head=engine.head)
 
 
 def left_out(run_dir: Path) -> set[int]:
@@ -117,7 +124,7 @@ def describe_run(
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
-        scores=policy.packed if packs(engine) else policy.padded,
+        scores=scores(engine),
         packs=packs(engine),
         pack_tokens=pack_tokens,
         batch_size=job.batch_size,

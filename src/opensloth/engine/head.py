@@ -1,0 +1,140 @@
+"""The last layer of a model, applied to some tokens at a time: logits of a whole pack never exist at once.
+
+The model runs as it always does, through DDP and whatever else wraps it, but its head only takes note of what reaches
+it. Loss (engine/loss.py) and log-probabilities (engine/policy.py) then make logits for a chunk of tokens, use them, and
+let them go.
+
+Why not Liger's fused loss: it runs on Triton alone, so that nothing of it could be held to the slow path on a CPU; it
+knows no log-probabilities of a policy; and its chunks follow the ratio of hidden size to vocabulary, 256 tokens of a
+pack of 32,768 for a 0.6B model, which leaves a card idle between them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = 2**29  # of a chunk's logits in fp32: large enough for matmuls at full speed, small beside activations
+
+SPREAD = 60.0  # the largest logit that a model is asked about: twice what Gemma 2 lets pass
+
+
+@dataclass
+class Head:
+    """A linear head over the last hidden state: logits = hidden @ weight.T + bias, with or without a cap.
+
+    Attributes:
+        cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
+    """
+
+    linear: nn.Linear
+    cap: float | None = None
+
+    def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
+        """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""
+        seen: list[torch.Tensor] = []
+
+        def take_note(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden)
+            return hidden
+
+        # an attribute of the instance goes before the class's method, and the model's own code stays as it is
+        self.linear.forward = take_note  # type: ignore[method-assign,assignment]
+        try:
+            model(**inputs, use_cache=False)
+        finally:
+            del self.linear.forward
+        return seen[0]
+
+    def operands(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`hidden`, weight and bias in the type that the head computes in."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.linear.weight.dtype
+        bias = self.linear.bias
+        return hidden.to(dtype), self.linear.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of `count` tokens, each with at most CHUNK_BYTES of logits in fp32."""
+    size = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    if size > 128:
+        size = size // 128 * 128  # whole tiles of a matmul
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> torch.Tensor:
+    """Logits in fp32 of a chunk: (tokens, vocabulary)."""
+    logits = F.linear(hidden, weight, bias).float()
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def through_cap_(slopes: torch.Tensor, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """In place: gradients of capped logits become those of what was capped. d cap tanh(z / cap) / dz = 1 - tanh^2."""
+    return slopes if cap is None else slopes.mul_(1 - (logits / cap).square())
+
+
+class Gradients:
+    """What a chunk's slopes (gradients of logits, fp32) give hidden states, weight and bias; sums are in fp32."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        self.of, self.by = hidden, weight
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
+
+    def add(self, part: slice, slopes: torch.Tensor) -> None:
+        narrow = slopes.to(self.by.dtype)
+        if self.hidden is not None:
+            torch.mm(narrow, self.by, out=self.hidden[part])
+        if self.weight is not None:
+            self.weight += narrow.T @ self.of[part]
+        if self.bias is not None:
+            self.bias += slopes.sum(0)
+
+
+def find(model: PreTrainedModel) -> tuple[Head | None, str]:
+    """The model's head, or None and why the model has to make its logits itself.
+
+    What lies behind the last linear layer differs between architectures, so the model is asked: four tokens go through
+    it, and its logits are compared with those of what reached the head.
+    """
+    linear: Any = model.get_output_embeddings()
+    if type(linear) is not nn.Linear or not linear.weight.dtype.is_floating_point:
+        return None, "its head is not a plain linear layer"
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    head = Head(linear, float(cap) if cap else None)
+    ids = torch.arange(4, device=linear.weight.device)[None]
+    seen: list[torch.Tensor] = []
+
+    def spread(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """Small logits would hide a cap."""
+        hidden = arguments[0].detach()
+        seen.append(hidden * (SPREAD / F.linear(hidden, linear.weight).abs().max()))
+        return (seen[-1],)
+
+    watch = linear.register_forward_pre_hook(spread)
+    training = model.training
+    model.train()  # quantized layers change their weights at the first forward without it, where there is no card
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.detach().float()
+    finally:
+        watch.remove()
+        model.train(training)
+    if len(seen) != 1 or seen[0].shape[:2] != expected.shape[:2]:
+        return None, "its head does not see the last hidden state of every token"
+    with torch.no_grad():
+        found = logits_of(*head.operands(seen[0]), head.cap)
+    if not bool((found - expected).abs().max() < 0.01 * expected.abs().max()):  # as far as 16 bits go
+        return None, "it changes the logits that its head gives"
+    return head, ""

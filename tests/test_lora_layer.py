@@ -1,0 +1,210 @@
+"""Our LoRA layer gives what PEFT's gives, saves what PEFT's saves, and leaves to it what it cannot do."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file
+
+from opensloth.config.run import SEVEN_LINEARS
+from opensloth.engine import lora
+from opensloth.engine.lora_layer import Adapted, LoraLinear
+from opensloth.rollout.merge import Merge
+from tiny import tiny_model, tiny_tokenizer
+
+SAME = 1e-6
+# eight bits are kept: 2 ** -8 is one rounding, and a value goes through several
+BFLOAT16 = 0.03
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def ours(arch="llama", **changed):
+    asked = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, **changed}
+    return away_from_zero(
+        lora.attach(tiny_model(tiny_tokenizer(), arch), SimpleNamespace(lora_targets=SEVEN_LINEARS, **asked), seed=3)
+    )
+
+
+def pefts(model):
+    """The same model with PEFT's own layers."""
+    config = model.peft_config["default"]
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    other = get_peft_model(tiny_model(tiny_tokenizer(), model.config.model_type), plain)
+    other.load_state_dict(model.state_dict())
+    assert {type(layer) for layer in layers(other)} == {Linear}
+    return other
+
+
+def away_from_zero(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def in_sixteen_bits(model):
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def outcome(model):
+    """Logits, and the gradients of the adapter."""
+    model.zero_grad()
+    logits = model(input_ids=IDS, use_cache=False).logits.float()
+    (logits * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).mean().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def used(monkeypatch):
+    """Counts the forwards that are ours."""
+    calls = []
+    forward = Adapted.forward
+
+    def counted(*arguments):
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(Adapted, "forward", staticmethod(counted))
+    return calls
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])  # qwen2 has biases
+def test_logits_and_gradients_are_those_of_peft(arch, rslora, monkeypatch):
+    model, calls = ours(arch, use_rslora=rslora), used(monkeypatch)
+    assert {type(layer) for layer in layers(model)} == {LoraLinear}
+    other = pefts(model)
+    (logits, gradients), (expected, expected_gradients) = outcome(model), outcome(other)
+    assert len(calls) == len(layers(model))
+    assert torch.allclose(logits, expected, atol=SAME)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[name], atol=SAME), name
+
+
+def test_in_sixteen_bits_they_are_those_of_peft_within_rounding():
+    model = ours()
+    exact, exact_gradients = outcome(pefts(model))
+    other = in_sixteen_bits(pefts(model))
+    logits, gradients = outcome(in_sixteen_bits(model))
+    peft_logits, peft_gradients = outcome(other)
+
+    def off(found, wanted):
+        return float((found - wanted).abs().max() / wanted.abs().max())
+
+    assert off(logits, exact) < max(BFLOAT16, 2 * off(peft_logits, exact))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        wanted = exact_gradients[name]
+        assert off(gradient, wanted) < max(BFLOAT16, 2 * off(peft_gradients[name], wanted)), name
+
+
+def test_activations_are_never_cast_to_fp32():
+    model = in_sixteen_bits(ours())
+    saved = []
+
+    def note(tensor):
+        saved.append((tensor.dtype, tensor.shape))
+        return tensor
+
+    layer, x = layers(model)[0], torch.randn(7, 32, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert {dtype for dtype, _ in saved} == {torch.bfloat16}
+
+
+def test_dropout_is_left_to_peft_in_training_alone(monkeypatch):
+    model, calls = ours(lora_dropout=0.5), used(monkeypatch)
+    model.train()(input_ids=IDS)
+    assert not calls
+    model.eval()(input_ids=IDS)
+    assert calls
+
+
+def test_without_its_adapter_the_model_is_the_base(monkeypatch):
+    model, calls = ours(), used(monkeypatch)
+    with torch.no_grad():
+        expected = tiny_model(tiny_tokenizer())(input_ids=IDS).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert not calls
+
+
+def test_a_merge_for_rollouts_computes_the_same_and_puts_the_base_back():
+    model = ours()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        unmerged = model(input_ids=IDS).logits
+        with Merge()(model):
+            assert all(layer.merged for layer in layers(model))
+            assert torch.allclose(model(input_ids=IDS).logits, unmerged, atol=5 * SAME)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_second_adapter_is_used_when_it_is_active(monkeypatch):
+    model = ours()
+    model.add_adapter("ref", model.peft_config["default"])
+    calls = used(monkeypatch)
+    with torch.no_grad():
+        first = model(input_ids=IDS).logits
+        model.set_adapter("ref")
+        second = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits
+    assert len(calls) == 2 * len(layers(model))
+    assert torch.allclose(second, base, atol=SAME)  # B of a new adapter is 0
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_what_is_saved_is_a_plain_adapter_and_is_taken_over(tmp_path):
+    model = ours()
+    model.save_pretrained(tmp_path / "adapter")
+    pefts(model).save_pretrained(tmp_path / "peft")
+    mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "peft"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "lora_layer" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    without = PeftModel.from_pretrained(tiny_model(tiny_tokenizer()), tmp_path / "adapter")
+    assert {type(layer) for layer in layers(without)} == {Linear}
+    again = lora.take_over(tiny_model(tiny_tokenizer()), tmp_path / "adapter")
+    assert {type(layer) for layer in layers(again)} == {LoraLinear}
+    with torch.no_grad():
+        logits = [one(input_ids=IDS).logits for one in (model, without, again)]
+    assert torch.allclose(logits[0], logits[1], atol=SAME)
+    assert torch.equal(logits[0], logits[2])
+    assert lora.weights_hash(again) == lora.weights_hash(model)
+
+
+def test_under_autocast_a_base_of_its_type_is_ours_and_another_is_pefts(monkeypatch):
+    model, calls = ours(), used(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS)
+        assert not calls
+        in_sixteen_bits(model)(input_ids=IDS)
+    assert len(calls) == len(layers(model))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = ours()
+    _, expected = outcome(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    _, found = outcome(model.train())
+    assert all(torch.allclose(found[name], gradient, atol=SAME) for name, gradient in expected.items())
