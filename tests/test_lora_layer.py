@@ -1,19 +1,23 @@
 """Our LoRA layer gives what PEFT's gives, saves what PEFT's saves, and leaves to it what it cannot do."""
 
 import copy
-from types import SimpleNamespace
+from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit
 from safetensors.torch import load_file
 
+from opensloth.config.jobs import SftJob
 from opensloth.config.run import SEVEN_LINEARS
-from opensloth.engine import lora
-from opensloth.engine.lora_layer import Adapted, LoraLinear
+from opensloth.data.models.resolve import resolve_model
+from opensloth.engine import lora, native
+from opensloth.engine.lora_layer import Adapted, LoraLinear, OneMatmul
 from opensloth.rollout.merge import Merge
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 SAME = 1e-6
 # eight bits are kept: 2 ** -8 is one rounding, and a value goes through several
@@ -190,6 +194,23 @@ def test_what_is_saved_is_a_plain_adapter_and_is_taken_over(tmp_path):
     assert torch.allclose(logits[0], logits[1], atol=SAME)
     assert torch.equal(logits[0], logits[2])
     assert lora.weights_hash(again) == lora.weights_hash(model)
+
+
+def test_on_a_base_in_four_bits_they_are_those_of_peft(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    job = SftJob(data=Path("data"), load_in_4bit=True, dtype="float32", lora_r=4)
+    model = native.load(job, resolve_model(str(path)), seed=1, device=torch.device("cpu"), packing=False).model
+    away_from_zero(model).train()
+    mine = [module for module in model.modules() if isinstance(module, OneMatmul)]
+    assert len(mine) == 2 * 7
+    logits, gradients = outcome(model)
+    for layer in mine:
+        layer.forward = MethodType(Linear4bit.forward, layer)
+    expected, expected_gradients = outcome(model)
+    assert torch.allclose(logits, expected, atol=SAME)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(gradient, expected_gradients[name], atol=SAME), name
 
 
 def test_under_autocast_a_base_of_its_type_is_ours_and_another_is_pefts(monkeypatch):

@@ -67,19 +67,21 @@ def chunks(count: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> torch.Tensor:
-    """Logits in fp32 of a chunk: (tokens, vocabulary)."""
-    logits = F.linear(hidden, weight, bias).float()
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+def logits_of(raw: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """What the head gave, in fp32 and with its cap."""
+    return raw.float() if cap is None else cap * torch.tanh(raw.float() / cap)
 
 
-def through_cap_(slopes: torch.Tensor, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """In place: gradients of capped logits become those of what was capped. d cap tanh(z / cap) / dz = 1 - tanh^2."""
-    return slopes if cap is None else slopes.mul_(1 - (logits / cap).square())
+def before_cap(slopes: torch.Tensor, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Gradients of capped logits as those of what was capped: d cap tanh(z / cap) / dz = 1 - tanh^2."""
+    return slopes if cap is None else slopes * (1 - (logits / cap).square())
 
 
 class Gradients:
-    """What a chunk's slopes (gradients of logits, fp32) give hidden states, weight and bias; sums are in fp32."""
+    """What the slopes of chunks (gradients of what the head gives, in its type) give hidden states, weight and bias.
+
+    Sums over chunks are in fp32.
+    """
 
     def __init__(
         self,
@@ -94,13 +96,12 @@ class Gradients:
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
 
     def add(self, part: slice, slopes: torch.Tensor) -> None:
-        narrow = slopes.to(self.by.dtype)
         if self.hidden is not None:
-            torch.mm(narrow, self.by, out=self.hidden[part])
+            torch.mm(slopes, self.by, out=self.hidden[part])
         if self.weight is not None:
-            self.weight += narrow.T @ self.of[part]
+            self.weight += slopes.T @ self.of[part]
         if self.bias is not None:
-            self.bias += slopes.sum(0)
+            self.bias += slopes.float().sum(0)
 
 
 def find(model: PreTrainedModel) -> tuple[Head | None, str]:
@@ -134,7 +135,7 @@ def find(model: PreTrainedModel) -> tuple[Head | None, str]:
     if len(seen) != 1 or seen[0].shape[:2] != expected.shape[:2]:
         return None, "its head does not see the last hidden state of every token"
     with torch.no_grad():
-        found = logits_of(*head.operands(seen[0]), head.cap)
+        found = logits_of(F.linear(*head.operands(seen[0])), head.cap)
     if not bool((found - expected).abs().max() < 0.01 * expected.abs().max()):  # as far as 16 bits go
         return None, "it changes the logits that its head gives"
     return head, ""

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 from opensloth import paths
 from opensloth.config.run import SEVEN_LINEARS, TrainOptions
-from opensloth.engine.lora_layer import LoraLinear
+from opensloth.engine.lora_layer import layers_for
 from opensloth.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -36,10 +35,9 @@ def attach(model: PreTrainedModel, options: TrainOptions, seed: int) -> PeftMode
 
 
 def with_our_layers(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
-    """`config`, by which plain linear layers get engine/lora_layer.py. It is no part of what is saved."""
-    linears = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    if linears == {nn.Linear}:  # a quantized layer is one too, and merges in a way of its own
-        config._register_custom_module({nn.Linear: LoraLinear})
+    """`config`, by which linear layers get those of engine/lora_layer.py. They are no part of what is saved."""
+    if layers := layers_for(model):
+        config._register_custom_module(layers)
     return config
 
 

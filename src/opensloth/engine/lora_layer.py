@@ -14,27 +14,33 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 
-class LoraLinear(Linear):  # type: ignore[misc]
-    """PEFT's layer with another forward where that is the same: one adapter, no dropout, a frozen unquantized base."""
+class OneMatmul:
+    """Before a layer of PEFT's among the bases: another forward where that is the same. One adapter, no
+    dropout, a frozen base that computes in the type of its input; all else is left to PEFT."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
-        if args or kwargs or self.disable_adapters or self.merged or not self.is_plain(name):
-            return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
+        kind = base.compute_dtype if self.quantized else base.weight.dtype
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if base.weight.dtype != dtype or base.weight.requires_grad:
-            return super().forward(x)
-        out: torch.Tensor = Adapted.apply(x.to(dtype), base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
-        return out
+        ours = is_plain(self, name) and kind == dtype and not base.weight.requires_grad
+        if args or kwargs or self.disable_adapters or self.merged or not ours:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        if self.quantized:
+            return Added.apply(base(x), x.to(dtype), *adapter)  # type: ignore[no-untyped-call]
+        return Adapted.apply(x.to(dtype), base.weight, base.bias, *adapter)  # type: ignore[no-untyped-call]
 
-    def is_plain(self, name: str) -> bool:
-        """Whether the adapter is LoRA as first described (arXiv 2106.09685), without a variant or dropout in use."""
-        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
-            return False
-        dropout = self.lora_dropout[name]
-        return type(self.get_base_layer()) is nn.Linear and (isinstance(dropout, nn.Identity) or not self.training)
+
+def is_plain(layer: Any, name: str) -> bool:
+    """Whether an adapter is LoRA as first described (arXiv 2106.09685), without a variant or dropout in use."""
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
+        return False
+    return isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training
+
+
+class LoraLinear(OneMatmul, Linear):  # type: ignore[misc]
+    quantized = False
 
 
 class Adapted(torch.autograd.Function):
@@ -62,12 +68,61 @@ class Adapted(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low, weight, a, b = ctx.saved_tensors
         out = upstream[0].reshape(-1, weight.shape[0])
-        slopes = (out @ b).mul_(ctx.scaling)  # of `low`: a few columns
-        to_a = to_b = to_x = None
-        if ctx.needs_input_grad[3]:
-            to_a = slopes.T @ rows
-        if ctx.needs_input_grad[4]:
-            to_b = (out.T @ low).mul_(ctx.scaling)
+        slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[3:5])
+        to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (out @ weight).addmm_(slopes, a).view(*upstream[0].shape[:-1], -1)
-        return to_x, None, None, *(None if x is None else x.float() for x in (to_a, to_b)), None
+        return to_x, None, None, to_a, to_b, None
+
+
+class Added(torch.autograd.Function):
+    """The adapter's share of x, added to what a quantized base gave. Not in place: that may be a view, which autograd
+    lets nobody change."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        low = rows @ a.T
+        found = torch.addmm(out.reshape(-1, out.shape[-1]), low, b.T, alpha=scaling)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.scaling = scaling
+        return found.view(out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, low, a, b = ctx.saved_tensors
+        out = upstream[0].reshape(-1, len(b))
+        slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[2:4])
+        to_x = (slopes @ a).view(*upstream[0].shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return upstream[0], to_x, to_a, to_b, None
+
+
+def of_adapter(
+    ctx: Any, out: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, needs: tuple[bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of `low` (tokens, rank), and of A and B in fp32, by that of the output: (tokens, out)."""
+    slopes = (out @ b).mul_(ctx.scaling)
+    to_a = (slopes.T @ rows).float() if needs[0] else None
+    to_b = (out.T @ low).mul_(ctx.scaling).float() if needs[1] else None
+    return slopes, to_a, to_b
+
+
+def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Which of our layers stand for which linear ones, as PEFT wants to be told; none where we have none for a kind.
+
+    PEFT goes by isinstance, in this order, and quantized layers are linear ones too.
+    """
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)} - {nn.Linear}
+    if not kinds:
+        return {nn.Linear: LoraLinear}
+    if {kind.__name__ for kind in kinds} != {"Linear4bit"}:
+        return {}
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class LoraLinear4bit(OneMatmul, Linear4bit):  # type: ignore[misc]
+        quantized = True
+
+    return {kinds.pop(): LoraLinear4bit, nn.Linear: LoraLinear}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from opensloth.engine.head import Gradients, Head, chunks, logits_of, through_cap_
+from opensloth.engine.head import Gradients, Head, before_cap, chunks, logits_of
 
 IGNORED = -100
 
@@ -58,6 +58,20 @@ def cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     return loss
 
 
+def loss_and_slopes(
+    raw: torch.Tensor, targets: torch.Tensor, cap: float | None, *, slopes: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of what the head gave a chunk, (tokens, vocabulary): the summed cross entropy, and its gradient in raw's type."""
+    logits, at = logits_of(raw, cap), targets[:, None]
+    logps = logits.log_softmax(-1)
+    total = -logps.gather(1, at).sum()
+    if not slopes:
+        return total, None
+    found = logps.exp_()  # in place: a chunk is large
+    found.scatter_add_(1, at, torch.full_like(at, -1, dtype=found.dtype))
+    return total, before_cap(found, logits, cap).to(raw.dtype)
+
+
 class CrossEntropy(torch.autograd.Function):
     """A sum is all that comes of the logits, so their gradients are known but for a factor: made in the forward."""
 
@@ -74,13 +88,11 @@ class CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         gradients = Gradients(hidden, weight, bias, needs)
         for part in chunks(len(hidden), len(weight)):
-            logits, at = logits_of(hidden[part], weight, bias, cap), targets[part, None]
-            logps = logits.log_softmax(-1)
-            total -= logps.gather(1, at).sum()
-            if any(needs):
-                slopes = logps.exp_()
-                slopes.scatter_add_(1, at, torch.full_like(at, -1, dtype=slopes.dtype))
-                gradients.add(part, through_cap_(slopes, logits, cap))
+            raw = F.linear(hidden[part], weight, bias)
+            loss, slopes = loss_and_slopes(raw, targets[part], cap, slopes=any(needs))
+            total += loss
+            if slopes is not None:
+                gradients.add(part, slopes)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtype = weight.dtype
         return total

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from opensloth.config.run import TrainOptions
+from opensloth.engine.head import CHUNK_BYTES
 
 SPARE = 0.10  # of the free memory, for what the rule does not count (fragmentation, kernels' work space)
 MOST_TOKENS = 32_768  # beyond this a pack only adds latency between logs
@@ -45,23 +46,29 @@ class Estimate:
 
     weights: int
     adapter: int  # with gradients and optimizer state; all weights' under full fine-tuning
-    per_token: int  # activations and logits of one token of a pack
+    head: int  # logits of a chunk, however large a pack is (engine/head.py)
+    per_token: int  # activations of one token of a pack; its logits too where they are made at once
 
     def total(self, pack_tokens: int) -> int:
-        return self.weights + self.adapter + self.per_token * pack_tokens
+        return self.weights + self.adapter + self.head + self.per_token * pack_tokens
 
     def __str__(self) -> str:
-        fixed = (self.weights + self.adapter) / GIB
-        return (
-            f"{fixed:.2f} GiB for weights and adapter, {self.per_token * 1024 / GIB:.2f} GiB per 1,024 tokens of a pack"
-        )
+        fixed = (self.weights + self.adapter + self.head) / GIB
+        room = self.per_token * 1024 / GIB
+        return f"{fixed:.2f} GiB for weights, adapter and head, {room:.2f} GiB per 1,024 tokens of a pack"
 
 
-def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int = 2) -> Estimate:
+def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int = 2, chunked: bool = True) -> Estimate:
     """Bytes by the model's shape.
+
+    Logits count once for a chunk of tokens, with what the loss or a policy's scores make of them there; a pack keeps
+    its last hidden states and their gradients instead. Where the model makes all logits itself, they count for every
+    token. An adapter adds nothing to the activations that its base keeps (engine/lora_layer.py); where PEFT's own layer
+    runs, it keeps them once more, in fp32.
 
     Args:
         compute_bytes: of one number of the computation (2 for bfloat16).
+        chunked: whether logits are made chunk by chunk.
     """
     shape = Shape.of(config)
     base_bytes = 0.56 if options.load_in_4bit else 1.06 if options.load_in_8bit else compute_bytes
@@ -71,16 +78,22 @@ def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int
     state = 4 * 4  # fp32 weight, gradient and two moments
     trained = shape.parameters if options.full_finetuning else adapter_parameters
     weights = 0 if options.full_finetuning else math.ceil(shape.parameters * base_bytes)
-    # saved for backward in each layer: the inputs of the linears (in fp32 too, for the adapter), norms, attention
+    # saved for backward in each layer: the inputs of the linears, norms, attention
     saved = compute_bytes * (8 * shape.hidden + 2 * shape.heads_width + 4 * shape.intermediate)
-    saved += 4 * (3 * shape.hidden + shape.intermediate)
+    if options.lora_dropout or options.load_in_8bit or options.engine == "unsloth":
+        saved += 4 * (3 * shape.hidden + shape.intermediate)
     layers = shape.layers * saved
     if options.gradient_checkpointing == "full":
         layers = shape.layers * compute_bytes * shape.hidden + saved
     elif options.gradient_checkpointing == "selective":
         layers = shape.layers // 2 * (saved + compute_bytes * shape.hidden)
-    logits = shape.vocabulary * (compute_bytes + 3 * 4)  # as computed, in fp32, and their gradients
-    return Estimate(weights, trained * state, layers + logits)
+    logit = 2 * compute_bytes + 3 * 4  # as computed, in fp32 with its probability and one more, and its gradient
+    if not chunked:
+        return Estimate(weights, trained * state, 0, layers + shape.vocabulary * logit)
+    head = CHUNK_BYTES // 4 * logit
+    if options.full_finetuning:  # the gradient of its weight in fp32, and copies of both in the compute type
+        head += shape.vocabulary * shape.hidden * (4 + 2 * compute_bytes)
+    return Estimate(weights, trained * state, head, layers + 2 * compute_bytes * shape.hidden)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -108,12 +121,14 @@ def plan(
     longest: int,
     dtype: torch.dtype,
     kept: int = 0,
+    chunked: bool = True,
 ) -> MemoryPlan:
     """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
 
     Args:
         longest: the longest row; a pack must hold it whole.
         kept: bytes that something else will take and keep (the buffers of rollouts).
+        chunked: whether logits are made chunk by chunk, as `estimate` has it.
     """
     free = free_bytes(device)
     free = None if free is None else max(free - kept, 0)
@@ -125,8 +140,8 @@ def plan(
     for mode in ("none", "selective", "full") if asked == "auto" else (asked,):
         if free is None:
             break
-        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize)
-        chosen, fits = mode, int((free * (1 - SPARE) - need.adapter) / need.per_token)
+        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize, chunked)
+        chosen, fits = mode, int((free * (1 - SPARE) - need.adapter - need.head) / need.per_token)
         if fits >= wanted:
             break
     if not isinstance(options.pack_tokens, str):

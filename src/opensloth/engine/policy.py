@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from opensloth.engine import attention
-from opensloth.engine.head import Gradients, Head, chunks, logits_of, through_cap_
+from opensloth.engine.head import Gradients, Head, before_cap, chunks, logits_of
 
 
 class TokenScores(NamedTuple):
@@ -149,7 +149,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tu
     total = scaled.logsumexp(-1)
     logps = scaled.gather(-1, targets[..., None])[..., 0] - total
     with torch.no_grad():
-        mean = ((scaled - total[..., None]).exp() * scaled).sum(-1)
+        mean = (scaled - total[..., None]).exp_().mul_(scaled).sum(-1)
     return logps, total.detach() - mean
 
 
@@ -179,7 +179,7 @@ class HeadScores(torch.autograd.Function):
         logps = torch.empty(len(hidden), device=hidden.device)
         entropy = torch.empty_like(logps)
         for part in chunks(len(hidden), len(weight)):
-            logits = logits_of(hidden[part], weight, bias, cap)
+            logits = logits_of(F.linear(hidden[part], weight, bias), cap)
             logps[part], entropy[part] = score(logits, targets[part], temperature)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.cap = temperature, cap
@@ -191,9 +191,10 @@ class HeadScores(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for part in chunks(len(hidden), len(weight)):
-            logits, factor = logits_of(hidden[part], weight, bias, ctx.cap), upstream[0][part, None] / ctx.temperature
-            slopes = (logits / ctx.temperature).softmax(-1).mul_(-factor)
+            raw, factor = F.linear(hidden[part], weight, bias), upstream[0][part, None] / ctx.temperature
+            logits = logits_of(raw, ctx.cap)
+            slopes = (logits / ctx.temperature).softmax(-1).mul_(-factor)  # in place: a chunk is large
             slopes.scatter_add_(1, targets[part, None], factor)
-            gradients.add(part, through_cap_(slopes, logits, ctx.cap))
+            gradients.add(part, before_cap(slopes, logits, ctx.cap).to(raw.dtype))
         found = (gradients.hidden, gradients.weight, gradients.bias)
         return *(None if x is None else x.to(weight.dtype) for x in found), None, None, None

@@ -20,7 +20,8 @@ def choose(engine: Engine, options: TrainOptions, device: torch.device, longest:
 
     `longest` and `kept` as memory.plan has them. Each time that a card ran out of memory halves the packs.
     """
-    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept)
+    chunked = engine.head is not None
+    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept, chunked)
     halvings = int(os.environ.get(HALVINGS, "0"))
     mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
     plans = of_all(mine)
