@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "qwen2": {"use_sliding_window": True, **LAYERS},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": WINDOW},
+    "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
     "phi3": {"sliding_window": WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gemma3_text": {"query_pre_attn_scalar": 8, **LAYERS},
     "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None, **LAYERS},
@@ -38,7 +39,7 @@ def build(arch, **changes):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        **{"num_hidden_layers": 2, "head_dim": 8, **ARCHITECTURES[arch], **changes},
+        **{"num_hidden_layers": 2, "head_dim": 8, **ARCHITECTURES.get(arch, {}), **changes},
     )
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

@@ -9,7 +9,7 @@ from opensloth.engine import attention, head
 from opensloth.engine.head import Head
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
 from opensloth.engine.policy import packed, padded, score, score_hidden
-from test_attention import batcher, build, gradients, largest_difference, rows
+from test_attention import ARCHITECTURES, batcher, build, gradients, largest_difference, rows
 from test_policy import batch as completions
 from tiny import tiny_model, tiny_tokenizer
 
@@ -113,6 +113,12 @@ def test_sixteen_bits_change_the_loss_by_their_rounding_alone():
     assert float((hidden.grad - wide.grad).abs().max()) < 2e-2 * float(wide.grad.abs().max())
 
 
+def test_a_loss_scaler_of_fp16_does_not_make_the_gradient_infinite():
+    linear, hidden, targets = case(dtype=torch.float16)
+    (cross_entropy(Head(linear), hidden, targets) / len(targets) * 2.0**18).backward()  # more than fp16 can hold
+    assert hidden.grad.isfinite().all()
+
+
 def test_under_autocast_the_head_computes_in_its_type():
     linear, hidden, targets = case()
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,7 +130,7 @@ def test_under_autocast_the_head_computes_in_its_type():
     assert linear.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_pack_has_the_same_loss_and_adapter_gradients_with_and_without_all_logits(arch):
     model, made = build(arch), rows()
     found, why = head.find(model.get_base_model())

@@ -11,7 +11,7 @@ from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
 from opensloth.engine import attention
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
-from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training.loader import Batcher, Shape, Steps, eval_packs
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from training_fixtures import write_rows
 
@@ -109,6 +109,29 @@ def test_the_mean_over_tokens_is_transformers_own_loss_of_single_rows(prepared, 
         with torch.no_grad():
             expected = float(model(**batch).loss)
         assert loss_of(model, [batch], False) / int(prepared.trained[row]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_packs_of_one_shape_have_the_loss_of_packs_as_they_come(prepared, model):
+    plain, filled = steps_of(prepared), steps_of(prepared)
+    longest = int(prepared.lengths.max())
+    shape = filled.batcher.shape = Shape(plain.largest_pack(), longest)
+    for number in range(len(plain)):
+        packs = filled[number]["packs"]
+        assert {pack["input_ids"].shape[1] for pack in packs} == {shape.tokens}
+        assert {pack["max_length_q"] for pack in packs} == {longest}
+        assert all(int(pack["cu_seq_lens_q"].diff().max()) <= longest for pack in packs)
+        assert filled.slots(number) == shape.tokens * len(packs) >= plain.slots(number)
+        expected = loss_of(model, plain[number]["packs"], packing=True)
+        assert loss_of(model, packs, packing=True) == pytest.approx(expected, rel=1e-6)
+    assert filled.batcher([])["input_ids"].shape == (1, shape.tokens)
+    assert filled.batcher.filling(shape, shape.tokens) == filled.batcher.filling(shape, shape.tokens + 1) == []
+
+
+def test_the_predictors_of_a_pack_stand_before_its_trained_tokens(prepared):
+    pack = Batcher(prepared, True, pad_id=0)([1, 2])
+    trained = (pack["labels"][0] != IGNORED).nonzero()[:, 0]
+    assert len(trained)
+    assert torch.equal(pack["predictors"], trained - 1)
 
 
 @pytest.mark.parametrize("packing", [True, False])

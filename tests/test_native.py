@@ -1,6 +1,7 @@
 """Engine `native`: what it loads weights from, and the types it keeps them in."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ from safetensors.torch import load_file
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef, resolve_model
-from opensloth.engine import attention, native
+from opensloth.engine import attention, choose, native
+from opensloth.engine.lora_layer import LoraLinear
+from opensloth.engine.model import Engine
 from opensloth.errors import UserError
-from tiny import save_tiny_model
+from opensloth.training.trl_args import Frame, shared
+from test_attention import ARCHITECTURES, build
+from tiny import save_tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -60,9 +65,87 @@ def test_attention_computes_in_bfloat16_on_a_quantized_base_too(model, monkeypat
     engine = load(resolve_model(str(model)), dtype="bfloat16", **bits)
     engine.model.train()
     ids, boundaries = torch.arange(8)[None], torch.tensor([0, 8], dtype=torch.int32)
-    ends = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 8, "max_length_k": 8}
+    places = torch.arange(7)
+    ends = {
+        "predictors": places,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": 8,
+        "max_length_k": 8,
+    }
     engine.loss(engine.model, {"input_ids": ids, "labels": ids, "position_ids": ids, **ends}).backward()
     assert set(seen) == {torch.bfloat16}
     trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in trained)
     assert all("lora_" in name for name, parameter in engine.model.named_parameters() if parameter.requires_grad)
+
+
+def save(directory, arch, **changes):
+    """A model of another kind, beside the tokenizer of tiny.py."""
+    build(arch, **changes).get_base_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return resolve_model(str(directory))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_architectures_that_are_promised_take_the_fast_path(arch, tmp_path):
+    engine = load(save(tmp_path / arch, arch))
+    assert engine.packs
+    assert engine.head is not None
+    assert [note for note in engine.notes if "computing" not in note] == []
+    assert any(isinstance(module, LoraLinear) for module in engine.model.modules())
+
+
+def test_what_falls_back_says_so_in_one_line_each(tmp_path):
+    engine = load(save(tmp_path / "gemma2", "gemma2", attn_logit_softcapping=50.0))
+    assert not engine.packs
+    assert engine.head.cap == 30.0
+    assert [note for note in engine.notes if "padded" in note] == [
+        "rows are padded, not packed, with eager attention: it caps attention logits, which the packed kernel cannot"
+    ]
+    engine = load(save(tmp_path / "granite", "granite", logits_scaling=8.0))
+    assert engine.packs
+    assert engine.head is None
+    assert [note for note in engine.notes if "logits" in note] == [
+        "logits of a whole micro-batch are made at once, which takes memory: it changes the logits that its head gives"
+    ]
+
+
+@pytest.fixture
+def old_card(monkeypatch):
+    """What torch says of a T4 (sm75)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    return torch.device("cuda", 0)
+
+
+def test_a_card_before_sm80_computes_in_float16_with_a_loss_scaler(old_card, tmp_path):
+    options = SftJob(data=Path("data"))
+    chosen = choose.dtype(options, old_card)
+    assert chosen.value == "float16"
+    assert "sm75" in chosen.why
+    assert "loss scaler" in chosen.why
+    engine = Engine("native", None, None, None, True, torch.float16, False, [])
+    frame = Frame(tmp_path, 3, 1, old_card, engine, "none", False, "nccl", 1)
+    arguments = shared(options, frame)
+    assert arguments["fp16"] is True
+    assert arguments["bf16"] is False
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 64), (torch.bfloat16, 64)])
+def test_a_card_before_sm80_attends_row_by_row(old_card, monkeypatch, dtype, size):
+    q = SimpleNamespace(device=old_card, dtype=dtype, shape=(10, 4, size))
+    assert not attention.has_kernel(q)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert attention.has_kernel(q)
+
+
+def test_the_kernel_is_not_asked_for_what_it_cannot(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    card = torch.device("cuda", 0)
+    for dtype, size in ((torch.float32, 64), (torch.bfloat16, 60), (torch.bfloat16, 264)):
+        assert not attention.has_kernel(SimpleNamespace(device=card, dtype=dtype, shape=(10, 4, size)))
+
+
+def test_a_newer_card_computes_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert choose.dtype(SftJob(data=Path("data")), torch.device("cuda", 0)).value == "bfloat16"

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 
 # "flash" in the name would make transformers treat it as FlashAttention; an unregistered mask makes it build none.
 NAME = "opensloth_varlen"
+SAYS_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # asked once: compiled layers cannot
 
 
 def varlen(
@@ -84,11 +86,9 @@ def flash_varlen(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     extra: dict[str, Any] = {}
     # torch 2.11 takes grouped queries as they are, 2.12 and newer want to be told (varlen.py checks the head counts)
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if q.shape[1] != k.shape[1] and SAYS_GROUPED:
         extra["enable_gqa"] = True
     # the window must be a tuple: torch recognizes causal attention by comparing it with (-1, 0)
     window_size = (window - 1, 0) if window else (-1, 0)

@@ -12,7 +12,7 @@ IGNORED = -100
 
 
 def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any], head: Head | None = None) -> torch.Tensor:
-    """The summed cross entropy of a pack: `input_ids` of shape (1, tokens), rows one behind the other.
+    """The summed cross entropy of a pack as `training.loader.Batcher` makes it: rows one behind the other.
 
     Logits are made for the tokens before trained ones alone: masked prompts cost nothing in the head.
 
@@ -21,9 +21,8 @@ def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any], head: Head | None
     Returns:
         A scalar in fp32; 0 (with a graph, so that DDP sees every gradient) for a pack without trained tokens.
     """
-    inputs = {name: value for name, value in pack.items() if name != "labels"}
-    targets = pack["labels"][0, 1:]
-    positions = (targets != IGNORED).nonzero()[:, 0]
+    inputs = {name: value for name, value in pack.items() if name not in ("labels", "predictors")}
+    targets, positions = pack["labels"][0, 1:], pack["predictors"]
     if head is not None:
         hidden = head.hidden(model, **inputs)[0].index_select(0, positions)
         return cross_entropy(head, hidden, targets[positions])
@@ -99,5 +98,6 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = (None if x is None else (x * upstream[0]).to(ctx.dtype) for x in ctx.saved_tensors)
+        # in fp32: in the types of the tensors the factor would be rounded too, or, behind a loss scaler, infinite
+        found = (None if x is None else (x.float() * upstream[0]).to(ctx.dtype) for x in ctx.saved_tensors)
         return *found, None, None, None

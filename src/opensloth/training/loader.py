@@ -1,6 +1,6 @@
 """From a schedule to tensors: each item of the loader is one whole optimizer step, as this process sees it."""
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from opensloth.engine.loss import IGNORED
 from opensloth.training.load import Load
 
 NOTHING = 2  # tokens of an empty pack
+LOOKED_AT = 50  # steps by which the shape of packs is chosen: a larger one later stays as large as it is
 
 
 class Step(TypedDict):
@@ -29,13 +30,25 @@ class Step(TypedDict):
     tokens: int
 
 
+class Shape(NamedTuple):
+    """What every pack is filled up to, in tokens, and what it says of its longest row."""
+
+    tokens: int
+    longest: int
+
+
 class Batcher:
-    """Makes micro-batches of rows: packs (rows one behind the other) or padded batches."""
+    """Makes micro-batches of rows: packs (rows one behind the other) or padded batches.
+
+    Attributes:
+        shape: of packs, where they shall all have one, so that compiled layers are made once; padding fills them up.
+    """
 
     def __init__(self, prepared: Prepared, packing: bool, pad_id: int) -> None:
         self.prepared = prepared
         self.packing = packing
         self.pad_id = pad_id
+        self.shape: Shape | None = None
 
     def __call__(self, rows: list[int]) -> dict[str, Any]:
         return self.pack(rows) if self.packing else self.pad(rows)
@@ -43,9 +56,12 @@ class Batcher:
     def pack(self, rows: list[int]) -> dict[str, Any]:
         """`input_ids`, `position_ids`, `labels` of shape (1, tokens), and the boundaries that attention needs.
 
+        `predictors` are the places before trained tokens: on a card, to find them there would make the host wait.
         No row pays for its first token: nothing in the row comes before it, and the row ahead must not teach it.
         """
         parts = self.read(rows)
+        if self.shape is not None:
+            parts += self.filling(self.shape, sum(len(ids) for ids, _ in parts))
         lengths = np.array([len(ids) for ids, _ in parts])
         ids = np.concatenate([ids for ids, _ in parts])
         labels = np.concatenate([labels for _, labels in parts])
@@ -53,11 +69,12 @@ class Batcher:
         labels[starts[:-1]] = IGNORED
         positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
         boundaries = torch.from_numpy(starts.astype(np.int32))
-        longest = int(lengths.max())
+        longest = max(int(lengths.max()), self.shape.longest if self.shape else 0)
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
             "labels": torch.from_numpy(labels.astype(np.int64))[None],
             "position_ids": torch.from_numpy(positions)[None],
+            "predictors": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,
@@ -80,9 +97,18 @@ class Batcher:
     def read(self, rows: list[int]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """Ids and labels of each row; without rows a masked one, so that every process runs as many passes."""
         if not rows:
-            return [(np.full(NOTHING, self.pad_id, np.int32), np.full(NOTHING, IGNORED, np.int32))]
+            return [self.blank(NOTHING)]
         found = [self.prepared.rows.row(row) for row in rows]
         return [(row.input_ids, row.labels) for row in found]
+
+    def blank(self, tokens: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """A row that teaches nothing."""
+        return np.full(tokens, self.pad_id, np.int32), np.full(tokens, IGNORED, np.int32)
+
+    def filling(self, shape: Shape, tokens: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Masked rows, none above the longest, that bring a pack of so many tokens to its shape."""
+        missing = range(tokens, shape.tokens, shape.longest)
+        return [self.blank(min(shape.longest, shape.tokens - start)) for start in missing]
 
 
 class Steps(Dataset[Step]):
@@ -110,12 +136,19 @@ class Steps(Dataset[Step]):
         lengths = self.plan.lengths
         tokens = [int(lengths[rows].sum()) for rows in micro_batches]
         if self.batcher.packing:
-            slots = [size or NOTHING for size in tokens]
+            least = self.batcher.shape.tokens if self.batcher.shape else 0
+            slots = [max(size or NOTHING, least) for size in tokens]
         else:
             slots = [len(rows) * int(lengths[rows].max()) if rows else NOTHING for rows in micro_batches]
         by_rows = self.plan.batch_size is not None
         room = slots if by_rows else [max(size, self.pack_tokens) for size in slots]
         return Load(sum(tokens), sum(slots), sum(room))
+
+    def largest_pack(self) -> int:
+        """Tokens of the largest pack of any process in the first steps."""
+        first = range(min(LOOKED_AT, len(self)))
+        packs = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in first)
+        return max(int(self.plan.lengths[rows].sum()) for step in packs for process in step for rows in process)
 
     def row_ids(self, rows: list[int]) -> list[int]:
         """The numbers of stored rows in the source, as `os-data show` names them."""

@@ -14,7 +14,7 @@ from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, load
 from opensloth.training import plan, sft
 from opensloth.training.callbacks import StepsMetrics
-from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training.loader import Batcher, Shape, Steps, eval_packs
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import rehearse, sft_attempt
 from opensloth.training.run import run_files, seed_of, train_to_the_end
@@ -45,6 +45,8 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = sft_attempt(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
+    if engine.packs and engine.name == "native" and job.compile == "on":
+        batcher.shape = Shape(run.steps.largest_pack(), longest)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: sft.figures(trainer, run, seconds))
 

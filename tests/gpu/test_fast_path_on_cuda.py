@@ -1,0 +1,119 @@
+"""The fast path on a card, for each architecture: packs, our LoRA layer and logits by chunks equal the slow exact path.
+
+The slow path is eager attention over one row at a time, PEFT's own layers, all logits at once, in fp32, with the same
+(16-bit) weights.
+"""
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+
+from opensloth.engine import attention, head, lora_layer, policy
+from opensloth.engine.head import Head
+from opensloth.engine.lora_layer import LoraLinear
+from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
+from test_attention import ARCHITECTURES, batcher, build, gradients, rows
+from test_policy import batch as completions
+from tiny import tiny_model, tiny_tokenizer
+
+# Length of the difference over that of the exact values. bfloat16 rounds to 2**-9 of a value; on its way through two
+# layers a value is rounded some ten times, and a gradient twice as often. One row that saw another gives about 1.
+LOGITS, GRADIENTS = 0.03, 0.06
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", 0)
+
+
+def frozen_in(model, dtype):
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def off(found, wanted):
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def on(device, batch):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def slow(arch, made, device, monkeypatch):
+    """Logits of each row, and the gradients of the adapter, in fp32."""
+    with monkeypatch.context() as peft:
+        peft.setattr(LoraLinear, "forward", Linear.forward)
+        model = frozen_in(frozen_in(build(arch), torch.bfloat16), torch.float32).to(device)
+        logits, one_by_one = [], batcher(made, packing=False)
+        targets = sum(int((row.labels[1:] != -100).sum()) for row in made)
+        for number in range(len(made)):
+            batch = on(device, one_by_one([number]))
+            with torch.no_grad():
+                logits.append(model(input_ids=batch["input_ids"], use_cache=False).logits[0])
+            (padded_loss(model, batch) / targets).backward()
+        return torch.cat(logits), gradients(model), targets
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_logits_and_adapter_gradients_equal_the_slow_path(arch, monkeypatch, device):
+    made = rows()
+    logits, wanted, targets = slow(arch, made, device, monkeypatch)
+    model = frozen_in(build(arch), torch.bfloat16).to(device)
+    found, why = head.find(model.get_base_model())
+    assert found is not None, why
+    model.set_attn_implementation(attention.NAME)
+    pack = on(device, batcher(made, packing=True)(list(range(len(made)))))
+    inputs = {name: value for name, value in pack.items() if name not in ("labels", "predictors")}
+    ours = []
+    forward = lora_layer.Adapted.forward
+    monkeypatch.setattr(lora_layer.Adapted, "forward", staticmethod(lambda *a: ours.append(1) or forward(*a)))
+    with torch.no_grad():
+        assert off(model(**inputs, use_cache=False).logits[0], logits) < LOGITS
+    (pack_loss(model, pack, found) / targets).backward()
+    assert ours
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        assert off(gradient, wanted[name]) < GRADIENTS, name
+
+
+def test_chunks_of_a_real_vocabulary_have_the_loss_and_gradient_of_all_logits(device):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 151_936, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(2_000, 256, device=device).bfloat16().requires_grad_()
+    targets = torch.randint(0, 151_936, (2_000,), device=device)
+    wide = hidden.detach().float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide @ linear.weight.float().T, targets, reduction="sum")
+    expected.backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = cross_entropy(Head(linear), hidden, targets)
+    found.backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * head.CHUNK_BYTES
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert off(hidden.grad, wide.grad) < LOGITS
+
+
+def test_scores_of_packed_completions_equal_those_of_padded_ones(device):
+    model = tiny_model(tiny_tokenizer()).to(device, torch.bfloat16)
+    last, _ = head.find(model)
+    ids, mask, length = (x.to(device) if isinstance(x, torch.Tensor) else x for x in completions())
+    expected = policy.padded(model.float(), ids, mask, length, 0.7).logps
+    model.to(torch.bfloat16).set_attn_implementation(attention.NAME)
+    found = policy.packed(model, ids, mask, length, 0.7, last).logps
+    assert float((found - expected).abs().max()) < 0.05  # nats
+
+
+def test_a_loss_without_a_host_sync(device):
+    """Packs name the places of their trained tokens, so that the host need not wait to learn how many there are."""
+    model = frozen_in(build("llama"), torch.bfloat16).to(device)
+    last, _ = head.find(model.get_base_model())
+    model.set_attn_implementation(attention.NAME)
+    pack = on(device, batcher(rows(), packing=True)([0, 1, 2, 3, 4]))
+    pack_loss(model, pack, last).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pack_loss(model, pack, last).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
