@@ -24,12 +24,12 @@ from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
-from opensloth.training.held_out import HeldOut, gathered
+from opensloth.training.held_out import HeldOut
 from opensloth.training.importance import Gaps, corrected
 from opensloth.training.load import Load
 from opensloth.training.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
 from opensloth.training.prompts import Asked, Prompts
-from opensloth.training.rollouts import Written, write
+from opensloth.training.rollouts import KeepsRollouts
 from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, kept_weights
 
@@ -75,7 +75,7 @@ def trainer_class() -> type[Any]:
     """Made on request, because `import unsloth` replaces TRL's classes."""
     from opensloth.training.plain_trl import grpo_trainer
 
-    class GroupTrainer(KeepsRun, HeldOut, grpo_trainer()):  # type: ignore[misc]
+    class GroupTrainer(KeepsRun, KeepsRollouts, HeldOut, grpo_trainer()):  # type: ignore[misc]
         """TRL's trainer; each item of its loader is the prompts of one batch of completions (`prompts.Asked`)."""
 
         control: Any  # transformers' TrainerControl
@@ -264,33 +264,6 @@ def trainer_class() -> type[Any]:
                 # TRL reads the advantages after this, and takes them for each token too
                 self.part["advantages"] = corrected(self.part, self.part.get("old_per_token_logps", self.policy_logps))
             return logps, entropy if compute_entropy else None, None
-
-        def keep_rollouts(self) -> None:
-            """Judge this process's completions, and write those of all processes to rollouts/."""
-            assert self.asked is not None
-            judged = [
-                self.judged(rollout, prompt.answer)
-                for rollout, prompt in zip(self.rollouts, self.asked["prompts"], strict=True)
-            ]
-            mine = [
-                Written.of(prompt, rollout, one, self.run.stops)
-                for prompt, rollout, one in zip(self.asked["prompts"], self.rollouts, judged, strict=True)
-            ]
-            found = gathered(mine)
-            if self.run.contract.tags:
-                share = sum(bool(one.right) for one in found) / len(found)
-                self._metrics["train"]["pass_rate"].append(share)
-            if self.leads:
-                scores = {name: list(self._logs["rewards"][name]) for name in self.reward_func_names}
-                step = self.state.global_step + 1
-                write(self.files.directory / "rollouts", step, found, scores, list(self._logs["advantages"]))
-
-        def count_flat_groups(self) -> None:
-            """The share of groups without a spread of rewards: TRL counts what the advantages are divided by."""
-            scores = torch.tensor([list(self._logs["rewards"][name]) for name in self.reward_func_names])
-            totals = (scores * self.reward_weights.cpu()[:, None]).nansum(0).view(-1, self.num_generations)
-            flat = torch.isclose(totals, totals[:, :1]).all(1)
-            self._metrics["train"]["frac_reward_zero_std"][-1] = float(flat.float().mean())
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)

@@ -1,16 +1,21 @@
 """rollouts/step_N.parquet: every completion that was trained on, with its scores. Written, then renamed."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.evaluation.score import Judged
 from opensloth.rollout.generate import Rollout
+from opensloth.training.held_out import gathered
+from opensloth.training.prompts import Asked
+from opensloth.training.trainer import RunFiles
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,47 @@ def write(
     temporary = directory / f".{path.name}.{os.getpid()}"
     pq.write_table(pa.table(columns), temporary)
     os.replace(temporary, path)
+
+
+class KeepsRollouts:
+    """A mixin before TRL's GRPO trainer and `held_out.HeldOut`: completions are judged, counted and written."""
+
+    run: Any
+    files: RunFiles
+    asked: Asked | None
+    rollouts: list[Rollout]
+    judged: Callable[[Rollout, str], Judged]
+    num_generations: int
+    reward_func_names: list[str]
+    reward_weights: torch.Tensor
+    state: Any
+    accelerator: Any
+    _metrics: dict[str, dict[str, list[float]]]
+    _logs: dict[str, Any]
+
+    def keep_rollouts(self) -> None:
+        """Judge this process's completions, and write those of all processes to rollouts/."""
+        assert self.asked is not None
+        judged = [
+            self.judged(rollout, prompt.answer)
+            for rollout, prompt in zip(self.rollouts, self.asked["prompts"], strict=True)
+        ]
+        mine = [
+            Written.of(prompt, rollout, one, self.run.stops)
+            for prompt, rollout, one in zip(self.asked["prompts"], self.rollouts, judged, strict=True)
+        ]
+        found = gathered(mine)
+        if self.run.contract.tags:
+            share = sum(bool(one.right) for one in found) / len(found)
+            self._metrics["train"]["pass_rate"].append(share)
+        if self.accelerator.is_main_process:
+            scores = {name: list(self._logs["rewards"][name]) for name in self.reward_func_names}
+            step = self.state.global_step + 1
+            write(self.files.directory / "rollouts", step, found, scores, list(self._logs["advantages"]))
+
+    def count_flat_groups(self) -> None:
+        """The share of groups without a spread of rewards: TRL counts what the advantages are divided by."""
+        scores = torch.tensor([list(self._logs["rewards"][name]) for name in self.reward_func_names])
+        totals = (scores * self.reward_weights.cpu()[:, None]).nansum(0).view(-1, self.num_generations)
+        flat = torch.isclose(totals, totals[:, :1]).all(1)
+        self._metrics["train"]["frac_reward_zero_std"][-1] = float(flat.float().mean())
