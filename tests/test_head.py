@@ -177,6 +177,15 @@ def test_completions_have_the_same_scores_and_gradients_with_and_without_all_log
     assert largest_difference(results[0][1], results[1][1]) <= SAME
 
 
+def test_the_reference_is_scored_with_its_own_head():
+    model, reference = tiny_model(tiny_tokenizer()), tiny_model(tiny_tokenizer(), seed=1)
+    found, _ = head.find(model)
+    ids, mask, length = completions()
+    with torch.no_grad():
+        expected = padded(reference, ids, mask, length, 0.7).logps
+        assert torch.allclose(padded(reference, ids, mask, length, 0.7, found).logps, expected, atol=5 * SAME)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_micro_batch_without_trained_tokens_gives_every_weight_a_gradient_of_zero(packing):
     model, made = build("llama"), rows((4, 3))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,6 +34,12 @@ class Head:
 
     linear: nn.Linear
     cap: float | None = None
+
+    def of(self, model: nn.Module) -> "Head":
+        """The same of another model of the kind: the reference has weights of its own where all of them train."""
+        bare: Any = getattr(model, "module", model)  # DDP's
+        bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+        return Head(bare.get_output_embeddings(), self.cap)
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""

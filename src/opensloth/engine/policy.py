@@ -54,6 +54,7 @@ def packed(
     at = attention_mask[:, -length:].bool()
     targets = input_ids[:, -length:][at]
     if head is not None:
+        head = head.of(model)
         hidden = head.hidden(model, **inputs)[0].index_select(0, laid.predictors)
         logps, entropy = score_hidden(head, hidden, targets, temperature)
     else:  # with a cache, rows would see each other
@@ -130,6 +131,7 @@ def padded(
     rows, columns = at.nonzero(as_tuple=True)
     places = prompts[rows] - 1 + columns
     if head is not None:
+        head = head.of(model)
         logps, entropy = score_hidden(head, head.hidden(model, **inputs)[rows, places], targets, temperature)
     else:
         logits = model(**inputs, logits_to_keep=width - before, use_cache=False).logits[:, before - width :]
