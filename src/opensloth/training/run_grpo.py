@@ -64,7 +64,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
             log.say(line)
     pack_tokens = chosen.pack_tokens
     if packs(engine) and job.batch_size is None:
-        attempt = grpo_attempt(engine, scores(engine, job), longest - job.max_new, job.max_new, place.device)
+        attempt = grpo_attempt(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
@@ -87,10 +87,9 @@ def packs(engine: Engine) -> bool:
     return engine.packs and engine.name == "native"
 
 
-def scores(engine: Engine, job: GrpoJob) -> Callable[..., policy.TokenScores]:
+def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
     """The log-probabilities of completions, as the engine can."""
-    head = None if job.full_finetuning and job.beta else engine.head  # the reference has one of its own then
-    return partial(policy.packed if packs(engine) else policy.padded, head=head)
+    return partial(policy.packed if packs(engine) else policy.padded, head=engine.head)
 
 
 def left_out(run_dir: Path) -> set[int]:
@@ -125,7 +124,7 @@ def describe_run(
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
-        scores=scores(engine, job),
+        scores=scores(engine),
         packs=packs(engine),
         pack_tokens=pack_tokens,
         batch_size=job.batch_size,
