@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
     arguments = parser.parse_args()
+    series.end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), TINY if arguments.rehearse else FULL)
     mine = [ours(data, size, setting) for size, setting in data.plan.ours]

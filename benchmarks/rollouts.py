@@ -66,8 +66,9 @@ def measure(told: dict[str, Any], point: dict[str, Any], place: Any) -> dict[str
     longest = int(prepared.lengths.max()) + new
     ref = resolve_model(told["model_directory"])
     engine = load(job, ref, seed=0, device=place.device, packing=True, longest=longest)
-    decoder = writer(job, engine, place)
-    at_once = room_for_rollouts(job, engine, place, longest)[0] if decoder else None
+    decoder = writer(job, engine, place, longest)
+    room = room_for_rollouts(job, engine, decoder, place, longest) if decoder else None
+    at_once = room.rows if room else None
     prompts = [prepared.rows.prompt(row // group).input_ids for row in range(completions)]
     on_card = place.device.type == "cuda"
     if on_card:

@@ -95,8 +95,7 @@ class Series:
         return self.end - time.monotonic()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Measure what is not there yet. A signal to stop ends the process that is measured, too."""
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        """Measure what is not there yet."""
         for job in jobs:
             self.points |= {point.name: point for point in job.points}
         for job in jobs:
@@ -214,6 +213,11 @@ def why(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if "rror" in line]
     return f"exit code {code}: {(told or lines or ['no output'])[-1][:300]}"
+
+
+def end_on_signal() -> None:
+    """SIGTERM ends this process in order, and with it the one that is measured."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

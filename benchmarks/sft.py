@@ -104,6 +104,7 @@ def main() -> None:
     series.options(parser)
     parser.add_argument("--ablations", action="store_true")
     arguments = parser.parse_args()
+    series.end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), SMALL if arguments.rehearse else Rows())
     cases = (TINY,) if arguments.rehearse else CASES

@@ -118,6 +118,12 @@ def old_card(monkeypatch):
     return torch.device("cuda", 0)
 
 
+def test_a_head_with_an_adapter_makes_its_logits_itself(model):
+    engine = load(resolve_model(str(model)), lora_targets=("q_proj", "lm_head"))
+    assert engine.head is None
+    assert any("its head has an adapter" in note for note in engine.notes)
+
+
 def test_a_card_before_sm80_computes_in_float16_with_a_loss_scaler(old_card, tmp_path):
     options = SftJob(data=Path("data"))
     chosen = choose.dtype(options, old_card)

@@ -170,7 +170,9 @@ class GrpoOptions(TrainOptions):
         choices=SCALES,
     )
     clip: float = option(
-        0.2, "How far a token's probability may move from that of the sampler: 1 - clip to 1 + clip.", gt=0
+        0.2,
+        "How far a token's probability may move from what it was when the batch was made: 1 - clip to 1 + clip.",
+        gt=0,
     )
 
     rollout: str = option(

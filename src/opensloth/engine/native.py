@@ -29,8 +29,6 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     model = load_base(job, ref, weights_dtype(job, dtype), device)
     refusal = attention.why_not(model.config)
     head, why = last_layer.find(model)
-    if head is None:
-        notes.append(f"logits of a whole micro-batch are made at once, which takes memory: {why}")
     packs = packing and not refusal
     if refusal:
         padded = "rows are padded, not packed, with" if packing else "this model needs"
@@ -41,6 +39,10 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
         model.requires_grad_(False)
     trained = with_adapter(model, job, ref, seed, notes)
+    if head is not None and model.get_output_embeddings() is not head.linear:
+        head, why = None, "its head has an adapter"
+    if head is None:
+        notes.append(f"logits of a whole micro-batch are made at once, which takes memory: {why}")
     if job.compile == "on":
         for layer in model.get_decoder().layers:  # each layer alone: one compilation serves them all
             layer.compile()

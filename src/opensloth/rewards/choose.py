@@ -22,7 +22,7 @@ def chosen(options: GrpoOptions, tags: "Tags | None") -> list[WeightedReward]:
         UserError: an unknown task or reward, a file that cannot be loaded (see `registry.load`), or a reward that
             reads tags where the contract has none.
     """
-    every = options.print_samples_every * options.updates_per_batch  # in steps
+    every = options.print_samples_every
     if options.rewards is None:
         found = task(options.task, tags=tags, print_every=every)
     else:

@@ -243,9 +243,11 @@ class GraphDecoder:
     def record(self, policy: torch.nn.Module, state: Buffers, length: int, how: How) -> torch.cuda.CUDAGraph:
         """A recording of a step, which is not made by that: nothing in the buffers changes."""
         graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()  # a recording must not read weights that autocast has cast, and will let go
         # thread_local: NCCL's watchdog asks the card from a thread of its own, which would break a recording
         with torch.cuda.graph(graph, pool=state.pool, capture_error_mode="thread_local"):
             self.plain(policy, state, length, how)
+        torch.clear_autocast_cache()  # nor may others read what was cast in it
         return graph
 
 

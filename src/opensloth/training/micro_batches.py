@@ -138,7 +138,7 @@ class StepFigures:
     def reduce_counted(self, numbers: torch.Tensor, **how: Any) -> Any:
         """A sum over tokens and their number, over all processes."""
         found = self.reduce(numbers * self.counts, **how)
-        self.tokens[-1] = float(found[1])
+        self.tokens[-1] = float(found[1].detach())
         return found
 
     def __enter__(self) -> "StepFigures":
