@@ -62,12 +62,12 @@ def curves(found: Results) -> str:
     length = min(map(len, runs))
     steps = range(WINDOW, length + 1, max(1, (length - WINDOW) // POINTS))
     charts = []
-    for title, name, scale in (
-        ("right completions while training (%)", "pass_rate", 100),
-        ("entropy (nats, times 100)", "entropy", 100),
+    for title, name in (
+        ("right completions while training (%)", "pass_rate"),
+        ("entropy (nats, times 100)", "entropy"),
     ):
         values = [
-            sum(sum(step[name] for step in run[end - WINDOW : end]) / WINDOW for run in runs) / len(runs) * scale
+            sum(sum(step[name] for step in run[end - WINDOW : end]) / WINDOW for run in runs) / len(runs) * 100
             for end in steps
         ]
         charts.append(chart(title, list(steps), values))
@@ -153,7 +153,7 @@ def table(found: Results, names: list[str], baseline: str | None = None) -> str:
             f"| {name} | {right:.1f} ({low:.1f} to {high:.1f}) | {points(gain) if gain else ''} "
             f"| {100 * row['format_rate']:.1f} | {row['mean_tokens']:.0f} | {f'{spent:.0f}' if spent else ''} |"
         )
-    if baseline and (gain := found["differences"].get(ALL_SEEDS)) and baseline == "sft":
+    if baseline == "sft" and (gain := found["differences"].get(ALL_SEEDS)):
         lines.append(f"| mean of the seeds | | {points(gain)} | | | |")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from series import keep
+from series import keep_measured
 
 WARM_UP = 2  # calls that do not count
 CALLS = 5  # at most, and no more after so many seconds:
@@ -35,12 +35,7 @@ def main() -> None:
 
     place = join(device)
     for point in job["points"]:
-        try:
-            row = measure(job, point, place)
-        except torch.OutOfMemoryError as error:
-            keep(Path(job["found"]), point["name"], failed=f"out of memory: {str(error).splitlines()[0]}")
-        else:
-            keep(Path(job["found"]), point["name"], row=row)
+        keep_measured(Path(job["found"]), [point["name"]], lambda point=point: [{"row": measure(job, point, place)}])
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

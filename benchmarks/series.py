@@ -173,6 +173,18 @@ def keep(path: Path, name: str, **outcome: Any) -> None:
         file.write(json.dumps({"name": name, **outcome}) + "\n")
 
 
+def keep_measured(path: Path, names: Sequence[str], measure: Callable[[], Sequence[Outcome]]) -> None:
+    """Append what a process measures, under these names; of a card that is too small, that it was."""
+    import torch
+
+    try:
+        outcomes = measure()
+    except torch.OutOfMemoryError as error:
+        outcomes = [{"failed": f"out of memory: {str(error).splitlines()[0]}"}] * len(names)
+    for name, outcome in zip(names, outcomes, strict=True):
+        keep(path, name, **outcome)
+
+
 def in_time(words: Sequence[str], log: Path, seconds: float, settings: Mapping[str, str]) -> int | None:
     """Run a command and return its exit code; None where it was ended after `seconds`."""
     with log.open("w") as file:

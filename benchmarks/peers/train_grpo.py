@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_sft import go_on_with, load, load_with_unsloth, xformers
+from train_sft import go_on_with, lacks_unsloth, load, load_with_unsloth, xformers
 
 import machine
-from series import keep
+from series import Outcome, keep_measured
 
 WARM_UP = 1  # steps that do not count
 ENOUGH_SECONDS = 15  # of measured steps; no more are done then
@@ -28,33 +28,23 @@ GENERATION = ("_generate_single_turn", "_generate")  # TRL's method that makes t
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    path = Path(job["found"])
-    if job["points"][0]["impl"] == "unsloth":
-        try:
-            importlib.import_module("unsloth")  # before all others, which it changes
-        except (ImportError, NotImplementedError) as error:
-            for point in job["points"]:
-                keep(path, point["name"], failed=f"unsloth: {str(error).splitlines()[0]}")
-            return
-    import torch
-
+    if lacks_unsloth(job):
+        return
     steps = [point for point in job["points"] if point["what"] == "step"]
     rollouts = [point for point in job["points"] if point["what"] == "rollout"]
     tried: set[str] = set()
     for point in steps or rollouts:
         beside = [one for one in rollouts if one["micro"] == point["micro"]]
-        tried |= {one["name"] for one in (point, *beside)}
-        try:
+        together = list({one["name"]: one for one in (point, *beside)}.values())
+        names = [one["name"] for one in together]
+        tried |= set(names)
+
+        def outcomes(point: dict[str, Any] = point, together: list[dict[str, Any]] = together) -> list[Outcome]:
             step, rollout = measure(job, point)
-        except torch.OutOfMemoryError as error:
-            for one in (point, *beside):
-                keep(path, one["name"], failed=f"out of memory: {str(error).splitlines()[0]}")
-        else:
-            if point["what"] == "step":
-                keep(path, point["name"], row=step)
-            for one in beside:
-                told = {"row": rollout} if rollout["seconds"] else {"failed": "its generation was not seen"}
-                keep(path, one["name"], **told)
+            generated = {"row": rollout} if rollout["seconds"] else {"failed": "its generation was not seen"}
+            return [{"row": step} if one["what"] == "step" else generated for one in together]
+
+        keep_measured(Path(job["found"]), names, outcomes)
         go_on_with(job, [one for one in job["points"] if one["name"] not in tried])
 
 

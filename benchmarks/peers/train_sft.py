@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import machine
 import models
 from limited import limit
-from series import keep
+from series import keep, keep_measured
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 16, 32
@@ -32,25 +32,25 @@ MOST_KEPT = 2**29  # bytes that may stay on the card from one measurement to the
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     first = job["points"][0]
-    if first["impl"] == "unsloth":
-        try:
-            importlib.import_module("unsloth")  # before all others, which it changes
-        except (ImportError, NotImplementedError) as error:
-            for point in job["points"]:
-                keep(Path(job["found"]), point["name"], failed=f"unsloth: {str(error).splitlines()[0]}")
-            return
-    import torch
-
+    if lacks_unsloth(job):
+        return
     if first["memory_limit_gib"]:
         limit(first["memory_limit_gib"])
     for place, point in enumerate(job["points"]):
-        try:
-            row = measure(job, point)
-        except torch.OutOfMemoryError as error:
-            keep(Path(job["found"]), point["name"], failed=f"out of memory: {str(error).splitlines()[0]}")
-        else:
-            keep(Path(job["found"]), point["name"], row=row)
+        keep_measured(Path(job["found"]), [point["name"]], lambda point=point: [{"row": measure(job, point)}])
         go_on_with(job, job["points"][place + 1 :])
+
+
+def lacks_unsloth(job: dict[str, Any]) -> bool:
+    """Import unsloth where the job is its own, before all others, which it changes; else say that it cannot be had."""
+    if job["points"][0]["impl"] == "unsloth":
+        try:
+            importlib.import_module("unsloth")
+        except (ImportError, NotImplementedError) as error:
+            for point in job["points"]:
+                keep(Path(job["found"]), point["name"], failed=f"unsloth: {str(error).splitlines()[0]}")
+            return True
+    return False
 
 
 def go_on_with(job: dict[str, Any], points: list[dict[str, Any]]) -> None:

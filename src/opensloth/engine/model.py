@@ -37,6 +37,11 @@ class Engine:
     head: Head | None = None
 
     @property
+    def packs_natively(self) -> bool:
+        """Whether rows lie one behind the other under our own attention: what speaks to that alone asks for it."""
+        return self.packs and self.name == "native"
+
+    @property
     def pad_id(self) -> int:
         """Any id will do: padding is masked by position, and its labels are ignored."""
         pad = self.tokenizer.pad_token_id

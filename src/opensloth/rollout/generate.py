@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from opensloth.engine import attention
 from opensloth.engine.memory import free_bytes
 from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
-from opensloth.rollout.room import MOST
+from opensloth.rollout.room import fitting
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
 ON_CPU = 64  # completions at once
@@ -98,7 +98,7 @@ def writer_for(policy: torch.nn.Module, longest: int) -> Write:
 
 
 def at_once(config: Any, device: torch.device, length: int) -> int:
-    """Completions that are made at once. On a card as many as SHARE of its free memory holds, up to MOST.
+    """Completions that are made at once. On a card as many as SHARE of its free memory holds, by room.fitting.
 
     A decoding step takes nearly the same time for ten rows and for a thousand there.
 
@@ -107,8 +107,7 @@ def at_once(config: Any, device: torch.device, length: int) -> int:
     """
     if device.type != "cuda":
         return ON_CPU
-    free = free_bytes(device) or 0
-    return min(max(int(free * SHARE / bytes_of_row(config, length)), 1), MOST)
+    return fitting(bytes_of_row(config, length), (free_bytes(device) or 0) * SHARE)
 
 
 def bytes_of_row(config: Any, length: int, copies: float = 2) -> int:

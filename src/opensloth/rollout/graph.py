@@ -88,9 +88,8 @@ class Buffers:
         self.open = torch.zeros(rows, dtype=torch.bool, device=device)
         self.graphs: dict[tuple[int, int, How], torch.cuda.CUDAGraph] = {}
         self.made: Counter[tuple[int, int, How]] = Counter()  # steps without a recording
-        self.pool = (
-            torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        )  # recordings are never played at once
+        # one for all recordings: they are never played at once
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.ends: dict[tuple[int, ...], torch.Tensor] = {}
 
     def begin(self, prompts: Cache, mask: torch.Tensor, source: torch.Tensor, uniforms: torch.Tensor | None) -> None:

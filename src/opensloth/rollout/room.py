@@ -33,9 +33,14 @@ class Room:
 
 def choose(completions: int, row_bytes: int, free: int) -> Room:
     """Buffers for a batch of so many completions in `free` bytes of a card's memory."""
-    staying, freed = (min(completions, MOST, max(int(free * share / row_bytes), 1)) for share in (KEPT, FREED))
+    staying, freed = (min(completions, fitting(row_bytes, free * share)) for share in (KEPT, FREED))
     stays = turns(completions, staying) < 2 * turns(completions, freed)
     return Room(staying if stays else freed, row_bytes, stays)
+
+
+def fitting(row_bytes: int, room: float) -> int:
+    """Rows that so many bytes hold: one at least, MOST at most."""
+    return min(max(int(room / row_bytes), 1), MOST)
 
 
 def turns(completions: int, rows: int) -> int:

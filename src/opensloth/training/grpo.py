@@ -124,9 +124,8 @@ def trainer_class() -> type[Any]:
                     self.costs.sync.backward_done()
                     self.since_log.append(((self.state.global_step, rows), loss.detach()))
                     total += loss.detach()
-                    if weight:
-                        asked_of[rows] = self.policy_logps
                     if fresh and weight:
+                        asked_of[rows] = self.policy_logps
                         gaps.add(self.policy_logps, self.part)
             self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:

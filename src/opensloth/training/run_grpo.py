@@ -19,7 +19,6 @@ from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
 from opensloth.engine import Engine, load, memory, native, policy
-from opensloth.engine.memory import free_bytes
 from opensloth.errors import UserError
 from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
@@ -63,7 +62,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         for line in [*engine.notes, *plan.describe_batches(laid_out, job, chosen, place.processes)]:
             log.say(line)
     pack_tokens = chosen.pack_tokens
-    if packs(engine) and job.batch_size is None:
+    if engine.packs_natively and job.batch_size is None:
         attempt = grpo_attempt(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
@@ -82,14 +81,9 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
 
 
-def packs(engine: Engine) -> bool:
-    """Whether completions lie one behind the other. `policy.packed` speaks to our own attention alone."""
-    return engine.packs and engine.name == "native"
-
-
 def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
     """The log-probabilities of completions, as the engine can."""
-    return partial(policy.packed if packs(engine) else policy.padded, head=engine.head)
+    return partial(policy.packed if engine.packs_natively else policy.padded, head=engine.head)
 
 
 def left_out(run_dir: Path) -> set[int]:
@@ -125,7 +119,7 @@ def describe_run(
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
         scores=scores(engine),
-        packs=packs(engine),
+        packs=engine.packs_natively,
         pack_tokens=pack_tokens,
         batch_size=job.batch_size,
         sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
@@ -169,12 +163,12 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
 
 def room_for_rollouts(job: GrpoJob, engine: Engine, decoder: GraphDecoder, place: Place, longest: int) -> Room | None:
     """The decoder's buffers on a card; None on a CPU. What merging keeps is laid aside first."""
-    if free_bytes(place.device) is None:
+    if memory.free_bytes(place.device) is None:
         return None
     config: Any = engine.model.config
     decoder.merge.save(adapted(engine.model))
     state = memory.estimate(config, job, engine.dtype.itemsize).adapter  # gradients and moments, which are yet to come
-    free = max((free_bytes(place.device) or 0) - state, 0)
+    free = max((memory.free_bytes(place.device) or 0) - state, 0)
     completions = job.prompts_per_step * job.group_size // place.processes
     copies = 1 + 1 / job.group_size  # the prompts' own, once for each group
     room = rooms.choose(completions, bytes_of_row(config, bucket(longest), copies), free)
@@ -238,6 +232,6 @@ def add_reference(trainer: Any, job: GrpoJob, ref: ModelRef, engine: Engine) -> 
     TRL would load it by the name in the config: another revision, perhaps, and with another attention.
     """
     reference = native.load_base(job, ref, engine.dtype, trainer.args.device)
-    native.set_attention(reference, packs(engine))
+    native.set_attention(reference, engine.packs_natively)
     trainer.ref_model = reference.requires_grad_(False).eval()
     trainer.beta = job.beta

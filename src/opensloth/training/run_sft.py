@@ -45,7 +45,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = sft_attempt(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    if engine.packs and engine.name == "native" and job.compile == "on":
+    if engine.packs_natively and job.compile == "on":
         batcher.shape = Shape(run.steps.largest_pack(), longest)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: sft.figures(trainer, run, seconds))
