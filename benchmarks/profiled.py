@@ -1,0 +1,89 @@
+"""Where the time of a step goes: `python benchmarks/profiled.py sft|grpo DIR [options of os-sft or os-grpo]`.
+
+The command itself, with one difference: its worker runs torch's profiler from the end of step FROM to the end of step
+TO, and leaves `profile.txt` in the run directory: the seconds of those steps, how long the card was busy in them, and
+its kernels by their share. Steps are optimizer steps, with one to a batch.
+"""
+
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+FROM, TO = 4, 6
+KERNELS = 45
+ASKED = "BENCHMARK_PROFILE"  # in the environment of the worker
+
+
+def command() -> None:
+    from opensloth.cli import grpo, sft
+    from opensloth.launch import launcher, run_directory
+
+    method = sys.argv.pop(1)
+    os.environ[ASKED] = "1"
+    folders = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    run_directory.run_workers = partial(launcher.run_workers, module="profiled")
+    {"sft": sft, "grpo": grpo}[method].main()
+
+
+def work() -> None:
+    from opensloth.launch.device import claim_device
+
+    claim_device()  # before torch is imported, as in the worker
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from opensloth.training import worker
+
+    register_optimizer_step_post_hook(Window(Path(sys.argv[1]) / "profile.txt").step)
+    worker.main()
+
+
+class Window:
+    """The profiler, started and ended by the count of optimizer steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count, self.begin = path, 0, 0.0
+        self.profiler: Any = None
+
+    def step(self, *_: Any) -> None:
+        import torch
+
+        self.count += 1
+        if self.count not in (FROM, TO):
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.count == FROM:
+            self.profiler = torch.profiler.profile(acc_events=True)
+            self.profiler.start()
+            self.begin = time.monotonic()
+        else:
+            seconds = time.monotonic() - self.begin
+            self.profiler.stop()
+            self.path.write_text(told(self.profiler, seconds))
+
+
+def told(profiler: Any, seconds: float) -> str:
+    """A table of kernels on a card, of operators on a CPU, and of the host's operators by their own time."""
+    import torch
+
+    events = profiler.key_averages()
+    kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    busy = sum(event.self_device_time_total for event in kernels) / 1e6
+    steps = TO - FROM
+    lines = [f"{seconds / steps:.4f} s a step, of which the card was busy {busy / steps:.4f} s"]
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:KERNELS]:
+        share, calls = event.self_device_time_total / 1e6 / max(busy, 1e-9), event.count / steps
+        lines.append(f"{share:7.2%} {event.self_device_time_total / 1e3 / steps:10.2f} ms {calls:9.1f} x  {event.key[:150]}")
+    lines.append("host:")
+    hosts = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    for event in sorted(hosts, key=lambda event: -event.self_cpu_time_total)[:KERNELS]:
+        lines.append(f"{event.self_cpu_time_total / 1e3 / steps:10.2f} ms {event.count / steps:9.1f} x  {event.key[:100]}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    work() if ASKED in os.environ else command()
