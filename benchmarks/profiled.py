@@ -76,12 +76,13 @@ def told(profiler: Any, seconds: float) -> str:
     steps = TO - FROM
     lines = [f"{seconds / steps:.4f} s a step, of which the card was busy {busy / steps:.4f} s"]
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:KERNELS]:
-        share, calls = event.self_device_time_total / 1e6 / max(busy, 1e-9), event.count / steps
-        lines.append(f"{share:7.2%} {event.self_device_time_total / 1e3 / steps:10.2f} ms {calls:9.1f} x  {event.key[:150]}")
+        share, own = event.self_device_time_total / 1e6 / max(busy, 1e-9), event.self_device_time_total / 1e3 / steps
+        lines.append(f"{share:7.2%} {own:10.2f} ms {event.count / steps:9.1f} x  {event.key[:150]}")
     lines.append("host:")
     hosts = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     for event in sorted(hosts, key=lambda event: -event.self_cpu_time_total)[:KERNELS]:
-        lines.append(f"{event.self_cpu_time_total / 1e3 / steps:10.2f} ms {event.count / steps:9.1f} x  {event.key[:100]}")
+        own = event.self_cpu_time_total / 1e3 / steps
+        lines.append(f"{own:10.2f} ms {event.count / steps:9.1f} x  {event.key[:100]}")
     return "\n".join(lines) + "\n"
 
 
