@@ -11,7 +11,7 @@ from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
 from opensloth.engine import attention
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
-from opensloth.training.loader import Batcher, Shape, Steps, eval_packs
+from opensloth.training.loader import Batcher, Steps, eval_packs
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from training_fixtures import write_rows
 
@@ -114,12 +114,13 @@ def test_the_mean_over_tokens_is_transformers_own_loss_of_single_rows(prepared, 
 def test_packs_of_one_shape_have_the_loss_of_packs_as_they_come(prepared, model):
     plain, filled = steps_of(prepared), steps_of(prepared)
     longest = int(prepared.lengths.max())
-    shape = filled.batcher.shape = Shape(plain.largest_pack(), longest)
+    shape = filled.batcher.shape = plain.shape(longest)
     for number in range(len(plain)):
         packs = filled[number]["packs"]
         assert {pack["input_ids"].shape[1] for pack in packs} == {shape.tokens}
         assert {pack["max_length_q"] for pack in packs} == {longest}
         assert all(int(pack["cu_seq_lens_q"].diff().max()) <= longest for pack in packs)
+        assert {len(pack["cu_seq_lens_q"]) for pack in packs} == {shape.rows + 1}
         taken, least = (sum(load.slots for load in steps.loads(number)) for steps in (filled, plain))
         assert taken == shape.tokens * len(packs) >= least
         expected = loss_of(model, plain[number]["packs"], packing=True)

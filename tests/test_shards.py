@@ -178,6 +178,15 @@ def test_processes_of_a_step_differ_by_one_row_at_most(lengths, processes):
     assert max(tokens) - min(tokens) <= lengths.max()
 
 
+def test_the_packs_of_a_step_are_even():
+    """Not full ones and a last one with what is left over: that would take a pass of its own."""
+    lengths = np.random.default_rng(0).integers(20, 800, 160)
+    for capacity in (int(lengths.sum()) // 3, int(lengths.sum() * 0.51)):
+        tokens = [lengths[batch].sum() for batch in deal_step(range(160), lengths, capacity, 1)[0]]
+        assert len(tokens) <= lengths.sum() // capacity + 1
+        assert max(tokens) - min(tokens) <= lengths.min() + 20
+
+
 def test_processes_without_rows_get_empty_packs():
     assert deal_step([0], np.array([5]), 10, 3) == [[[0]], [[]], [[]]]
 

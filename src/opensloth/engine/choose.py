@@ -8,6 +8,8 @@ import torch
 from opensloth.config.run import TrainOptions
 from opensloth.errors import UserError
 
+WORTH_COMPILING = 10_000_000  # tokens of a run
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -50,6 +52,24 @@ def dtype(options: TrainOptions, device: torch.device) -> Choice:
     if device.type == "cpu" and cpu_has_bfloat16():
         return Choice("bfloat16", "this CPU computes in it")
     return Choice("float32", f"this {device.type.upper()} has no fast bfloat16")
+
+
+def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens: int) -> Choice:
+    """ "on" or "off": compiling takes about a minute once, and then a part of every step's time away.
+
+    Args:
+        packs: whether rows lie one behind the other under our own attention.
+        tokens: of the whole run, over all processes.
+    """
+    if not packs:
+        return Choice("off", "layers are compiled for packs")
+    if options.compile != "auto":
+        return Choice(options.compile, "as asked")
+    if device.type != "cuda":
+        return Choice("off", "on a CPU it takes longer than it saves")
+    if tokens < WORTH_COMPILING:
+        return Choice("off", f"it takes longer than it saves in less than {WORTH_COMPILING:,} tokens")
+    return Choice("on", "it takes a minute, once, and is kept for the next run")
 
 
 def cpu_has_bfloat16() -> bool:

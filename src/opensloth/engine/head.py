@@ -9,7 +9,7 @@ knows no log-probabilities of a policy; and its chunks follow the ratio of hidde
 pack of 32,768 for a 0.6B model, which leaves a card idle between them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+
+from opensloth.engine import compiled
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32: large enough for matmuls at full speed, small beside activations
 
@@ -30,16 +32,22 @@ class Head:
 
     Attributes:
         cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
+        compiles: whether what is made of a chunk's logits is compiled.
     """
 
     linear: nn.Linear
     cap: float | None = None
+    compiles: bool = False
 
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
         bare: Any = getattr(model, "module", model)  # DDP's
         bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-        return Head(bare.get_output_embeddings(), self.cap)
+        return Head(bare.get_output_embeddings(), self.cap, self.compiles)
+
+    def by_chunk(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of a chunk's logits, as this head runs it."""
+        return compiled.by_chunk(function) if self.compiles else function
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""

@@ -1,6 +1,6 @@
 """The loss of a micro-batch as a sum over trained tokens, so that any division of a step adds up to the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,22 +53,25 @@ def cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     """The summed cross entropy of `targets` (tokens,) after `hidden` (tokens, hidden size), in fp32."""
     operands = head.operands(hidden)
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands)
-    loss: torch.Tensor = CrossEntropy.apply(*operands, targets, head.cap, needs)  # type: ignore[no-untyped-call]
+    made_of = head.by_chunk(loss_and_slopes)
+    loss: torch.Tensor = CrossEntropy.apply(*operands, targets, head.cap, needs, made_of)  # type: ignore[no-untyped-call]
     return loss
 
 
 def loss_and_slopes(
-    raw: torch.Tensor, targets: torch.Tensor, cap: float | None, *, slopes: bool
+    raw: torch.Tensor, targets: torch.Tensor, cap: float | None, slopes: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of what the head gave a chunk, (tokens, vocabulary): the summed cross entropy, and its gradient in raw's type."""
     logits, at = logits_of(raw, cap), targets[:, None]
     logps = logits.log_softmax(-1)
-    total = -logps.gather(1, at).sum()
+    right = logps.gather(1, at)
+    total = -right.sum()
     if not slopes:
         return total, None
-    found = logps.exp_()  # in place: a chunk is large
-    found.scatter_add_(1, at, torch.full_like(at, -1, dtype=found.dtype))
-    return total, before_cap(found, logits, cap).to(raw.dtype)
+    # the one of the target apart from the others, in fp32, so that these are never touched twice
+    of_right = before_cap(right.exp() - 1, logits.gather(1, at), cap)
+    found = before_cap(logps.exp(), logits, cap).to(raw.dtype)
+    return total, found.scatter_(1, at, of_right.to(raw.dtype))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -83,12 +86,13 @@ class CrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         cap: float | None,
         needs: tuple[bool, bool, bool],
+        made_of: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = Gradients(hidden, weight, bias, needs)
         for part in chunks(len(hidden), len(weight)):
             raw = F.linear(hidden[part], weight, bias)
-            loss, slopes = loss_and_slopes(raw, targets[part], cap, slopes=any(needs))
+            loss, slopes = made_of(raw, targets[part], cap, any(needs))
             total += loss
             if slopes is not None:
                 gradients.add(part, slopes)
@@ -100,4 +104,4 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # in fp32: in the types of the tensors the factor would be rounded too, or, behind a loss scaler, infinite
         found = (None if x is None else (x.float() * upstream[0]).to(ctx.dtype) for x in ctx.saved_tensors)
-        return *found, None, None, None
+        return *found, None, None, None, None

@@ -10,7 +10,8 @@ from opensloth.config.run import TrainOptions
 from opensloth.engine.head import CHUNK_BYTES
 
 SPARE = 0.10  # of the free memory, for what the rule does not count (fragmentation, kernels' work space)
-MOST_TOKENS = 32_768  # beyond this a pack only adds latency between logs
+MOST_TOKENS = 32_768  # about: beyond this a pack only adds latency between logs
+MARGIN = 1.01  # parts of a step are nearly, not exactly, equal
 ENOUGH_TOKENS = 4_096  # a pack of this size keeps a card busy; rather recompute than go below
 CPU_TOKENS = 1_024  # larger packs are not faster on a CPU: measured with 135M parameters on two cores
 GIB = 2**30
@@ -122,6 +123,7 @@ def plan(
     dtype: torch.dtype,
     kept: int = 0,
     chunked: bool = True,
+    step: int | None = None,
 ) -> MemoryPlan:
     """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
 
@@ -129,6 +131,7 @@ def plan(
         longest: the longest row; a pack must hold it whole.
         kept: bytes that something else will take and keep (the buffers of rollouts).
         chunked: whether logits are made chunk by chunk, as `estimate` has it.
+        step: tokens of this process's share of an optimizer step, where they are known: packs then divide it evenly.
     """
     free = free_bytes(device)
     free = None if free is None else max(free - kept, 0)
@@ -146,5 +149,13 @@ def plan(
             break
     if not isinstance(options.pack_tokens, str):
         return MemoryPlan(wanted, chosen)
-    tokens = CPU_TOKENS if free is None else min(max(fits, 1) // 256 * 256, MOST_TOKENS)
+    tokens = CPU_TOKENS if free is None else min(max(fits, 1) // 256 * 256, most_tokens(step))
     return MemoryPlan(max(longest, tokens), chosen)
+
+
+def most_tokens(step: int | None) -> int:
+    """Tokens of a pack, where memory is no matter: about MOST_TOKENS, so that a step is a whole number of packs."""
+    if step is None:
+        return MOST_TOKENS
+    packs = max(round(step / MOST_TOKENS), 1)
+    return math.ceil(step * MARGIN / packs / 256) * 256

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
 
 Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -35,6 +36,12 @@ class Engine:
     autocast: bool
     notes: list[str]
     head: Head | None = None
+
+    def compile(self, *, dynamic: bool) -> None:
+        """Compile the layers, and what is made of a chunk's logits; as compiled.compile_layers."""
+        compile_layers(self.model, dynamic=dynamic)
+        if self.head is not None:
+            self.head.compiles = True
 
     @property
     def packs_natively(self) -> bool:

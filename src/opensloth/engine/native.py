@@ -12,6 +12,7 @@ from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, lora
 from opensloth.engine import head as last_layer
+from opensloth.engine.fused import fuse
 from opensloth.engine.loss import pack_loss, padded_loss
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
@@ -38,14 +39,13 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
         model.requires_grad_(False)
+    if device.type == "cuda" and not job.full_finetuning:
+        fuse(model)
     trained = with_adapter(model, job, ref, seed, notes)
     if head is not None and model.get_output_embeddings() is not head.linear:
         head, why = None, "its head has an adapter"
     if head is None:
         notes.append(f"logits of a whole micro-batch are made at once, which takes memory: {why}")
-    if job.compile == "on":
-        for layer in model.get_decoder().layers:  # each layer alone: one compilation serves them all
-            layer.compile()
     return Engine(
         name="native",
         model=trained,

@@ -160,7 +160,7 @@ def score_hidden(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`score` of the logits that `head` gives `hidden` (tokens, hidden size), of which a chunk is there at a time."""
     found: tuple[torch.Tensor, torch.Tensor] = HeadScores.apply(  # type: ignore[no-untyped-call]
-        *head.operands(hidden), targets, temperature, head.cap
+        *head.operands(hidden), targets, temperature, head
     )
     return found
 
@@ -176,15 +176,16 @@ class HeadScores(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         temperature: float,
-        cap: float | None,
+        head: Head,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        score_chunk = head.by_chunk(scores_of)
         logps = torch.empty(len(hidden), device=hidden.device)
         entropy = torch.empty_like(logps)
         for part in chunks(len(hidden), len(weight)):
-            logits = logits_of(F.linear(hidden[part], weight, bias), cap)
-            logps[part], entropy[part] = score(logits, targets[part], temperature)
+            raw = F.linear(hidden[part], weight, bias)
+            logps[part], entropy[part] = score_chunk(raw, targets[part], temperature, head.cap)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.cap = temperature, cap
+        ctx.temperature, ctx.head = temperature, head
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
@@ -192,11 +193,28 @@ class HeadScores(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        slopes_of_chunk = ctx.head.by_chunk(slopes_of)
         for part in chunks(len(hidden), len(weight)):
-            raw, factor = F.linear(hidden[part], weight, bias), upstream[0][part, None] / ctx.temperature
-            logits = logits_of(raw, ctx.cap)
-            slopes = (logits / ctx.temperature).softmax(-1).mul_(-factor)  # in place: a chunk is large
-            slopes.scatter_add_(1, targets[part, None], factor)
-            gradients.add(part, before_cap(slopes, logits, ctx.cap).to(raw.dtype))
+            raw, wanted = F.linear(hidden[part], weight, bias), upstream[0][part]
+            gradients.add(part, slopes_of_chunk(raw, targets[part], wanted, ctx.temperature, ctx.head.cap))
         found = (gradients.hidden, gradients.weight, gradients.bias)
         return *(None if x is None else x.to(weight.dtype) for x in found), None, None, None
+
+
+def scores_of(
+    raw: torch.Tensor, targets: torch.Tensor, temperature: float, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score` of what the head gave a chunk."""
+    return score(logits_of(raw, cap), targets, temperature)
+
+
+def slopes_of(
+    raw: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, temperature: float, cap: float | None
+) -> torch.Tensor:
+    """Gradients of what the head gave a chunk, in its type, by those of its log-probabilities: (tokens,)."""
+    logits, at = logits_of(raw, cap), targets[:, None]
+    factor = upstream[:, None] / temperature
+    chances = (logits / temperature).softmax(-1)
+    of_chosen = before_cap((1 - chances.gather(1, at)) * factor, logits.gather(1, at), cap)
+    found = before_cap(chances * -factor, logits, cap).to(raw.dtype)
+    return found.scatter_(1, at, of_chosen.to(raw.dtype))

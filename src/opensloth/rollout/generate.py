@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
+from opensloth.engine.compiled import eager
 from opensloth.engine.memory import free_bytes
 from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
 from opensloth.rollout.room import fitting
@@ -194,7 +195,7 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         if implementation == attention.NAME:
             base.set_attn_implementation("sdpa")
         base.config.use_cache = True
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), eager():
             yield policy
     finally:
         base.config.use_cache = cached

@@ -1,5 +1,6 @@
 """From a schedule to tensors: each item of the loader is one whole optimizer step, as this process sees it."""
 
+import math
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -14,7 +15,8 @@ from opensloth.engine.loss import IGNORED
 from opensloth.training.load import Load
 
 NOTHING = 2  # tokens of an empty pack
-LOOKED_AT = 50  # steps by which the shape of packs is chosen: a larger one later stays as large as it is
+LOOKED_AT = 50  # steps by which the shape of packs is chosen, the largest ones
+ROWS = 1.5  # room for rows of a pack, over the most that were seen: one with more keeps its own shape
 
 
 class Step(TypedDict):
@@ -31,9 +33,10 @@ class Step(TypedDict):
 
 
 class Shape(NamedTuple):
-    """What every pack is filled up to, in tokens, and what it says of its longest row."""
+    """What every pack is filled up to, in tokens and in rows, and what it says of its longest row."""
 
     tokens: int
+    rows: int
     longest: int
 
 
@@ -68,8 +71,10 @@ class Batcher:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         labels[starts[:-1]] = IGNORED
         positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
-        boundaries = torch.from_numpy(starts.astype(np.int32))
-        longest = max(int(lengths.max()), self.shape.longest if self.shape else 0)
+        longest, empty = int(lengths.max()), 0
+        if self.shape is not None:  # rows without a token stand behind the last one
+            longest, empty = max(longest, self.shape.longest), max(self.shape.rows - len(lengths), 0)
+        boundaries = torch.from_numpy(np.pad(starts, (0, empty), mode="edge").astype(np.int32))
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
             "labels": torch.from_numpy(labels.astype(np.int64))[None],
@@ -144,11 +149,17 @@ class Steps(Dataset[Step]):
         room = slots if by_rows else [max(size, self.pack_tokens) for size in slots]
         return Load(sum(tokens), sum(slots), sum(room))
 
-    def largest_pack(self) -> int:
-        """Tokens of the largest pack of any process in the first steps."""
-        first = range(min(LOOKED_AT, len(self)))
-        packs = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in first)
-        return max(int(self.plan.lengths[rows].sum()) for step in packs for process in step for rows in process)
+    def shape(self, longest: int) -> Shape:
+        """A shape for the packs of all processes: that of the largest in the largest steps.
+
+        Args:
+            longest: tokens of the longest row.
+        """
+        largest = sorted(range(len(self)), key=self.plan.tokens, reverse=True)[:LOOKED_AT]
+        steps = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in largest)
+        packs = [rows for step in steps for process in step for rows in process]
+        tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
+        return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
     def row_ids(self, rows: list[int]) -> list[int]:
         """The numbers of stored rows in the source, as `os-data show` names them."""

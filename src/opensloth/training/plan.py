@@ -15,13 +15,20 @@ from opensloth.launch.launcher import HALVINGS
 from opensloth.training.everyone import of_all
 
 
-def choose(engine: Engine, options: TrainOptions, device: torch.device, longest: int, kept: int = 0) -> MemoryPlan:
+def choose(
+    engine: Engine,
+    options: TrainOptions,
+    device: torch.device,
+    longest: int,
+    kept: int = 0,
+    step: int | None = None,
+) -> MemoryPlan:
     """The same plan on every process: the one that needs the least memory of those that they chose.
 
-    `longest` and `kept` as memory.plan has them. Each time that a card ran out of memory halves the packs.
+    `longest`, `kept` and `step` as memory.plan has them. Each time that a card ran out of memory halves the packs.
     """
     chunked = engine.head is not None
-    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept, chunked)
+    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept, chunked, step)
     halvings = int(os.environ.get(HALVINGS, "0"))
     mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
     plans = of_all(mine)

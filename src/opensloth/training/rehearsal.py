@@ -14,6 +14,7 @@ import torch.distributed as dist
 from opensloth import log
 from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine
+from opensloth.engine.compiled import eager
 from opensloth.engine.memory import MemoryPlan
 from opensloth.engine.policy import TokenScores
 from opensloth.errors import WorkerFailed
@@ -42,7 +43,7 @@ def rehearse(engine: Engine, plan: MemoryPlan, longest: int, device: torch.devic
 
     def fits(tokens: int) -> bool:
         try:
-            with torch.autocast(device.type, engine.dtype, enabled=engine.autocast):
+            with eager(), torch.autocast(device.type, engine.dtype, enabled=engine.autocast):
                 loss = attempt(tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             return True

@@ -65,6 +65,8 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     if engine.packs_natively and job.batch_size is None:
         attempt = grpo_attempt(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
+    if engine.packs_natively and job.compile == "on":
+        engine.compile(dynamic=True)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:

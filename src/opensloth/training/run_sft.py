@@ -11,10 +11,10 @@ from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
-from opensloth.engine import Engine, load
+from opensloth.engine import Engine, choose, load
 from opensloth.training import plan, sft
 from opensloth.training.callbacks import StepsMetrics
-from opensloth.training.loader import Batcher, Shape, Steps, eval_packs
+from opensloth.training.loader import Batcher, Steps, eval_packs
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import rehearse, sft_attempt
 from opensloth.training.run import run_files, seed_of, train_to_the_end
@@ -34,7 +34,10 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
-    memory = plan.choose(engine, job, place.device, longest=longest)
+    memory = plan.choose(engine, job, place.device, longest=longest, step=laid_out.largest_share(place.processes))
+    tokens = sum(map(laid_out.tokens, range(len(laid_out.steps))))
+    compiling = choose.compilation(job, place.device, engine.packs_natively, tokens)
+    engine.notes.append(f"compiled layers: {compiling.value}, {compiling.why}")
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
@@ -45,8 +48,9 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = sft_attempt(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    if engine.packs_natively and job.compile == "on":
-        batcher.shape = Shape(run.steps.largest_pack(), longest)
+    if compiling.value == "on":
+        engine.compile(dynamic=False)
+        batcher.shape = run.steps.shape(longest)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: sft.figures(trainer, run, seconds))
 

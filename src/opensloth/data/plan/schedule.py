@@ -47,6 +47,12 @@ class Schedule:
         """Trained tokens of a step over all processes: what its loss is averaged over."""
         return int(self.trained[self.steps[step]].sum())
 
+    def largest_share(self, processes: int) -> int | None:
+        """Tokens of a process's share of the largest step; None where micro-batches are not packs."""
+        if self.batch_size is not None or not self.packing:
+            return None
+        return math.ceil(max(map(self.tokens, range(len(self.steps)))) / processes)
+
     def micro_batches(self, step: int, pack_tokens: int, processes: int) -> list[list[list[int]]]:
         """The rows of a step as [process][micro-batch][row]; every process gets the same number of micro-batches.
 

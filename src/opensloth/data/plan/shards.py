@@ -172,14 +172,24 @@ def deal_step(rows: Sequence[int] | Ints, lengths: Ints, pack_tokens: int, proce
         processes: how many share the step.
     Returns:
         For each process its micro-batches, each a list of rows; `[]` is an empty pack of zero weight. Processes get
-        nearly the same number of tokens, and every row is in exactly one micro-batch.
+        nearly the same number of tokens, and so do the micro-batches of a process: a last one with the few rows that
+        are left over would cost a pass of its own. Every row is in exactly one micro-batch.
     """
     sizes = np.asarray(lengths)
     dealt: list[list[list[int]]] = []
     for part in deal_rows([int(row) for row in rows], sizes, processes):
         alone = [[row] for row in part if sizes[row] > pack_tokens]
         fitting = [row for row in part if sizes[row] <= pack_tokens]
-        packs = [[fitting[place] for place in pack] for pack in best_fit(sizes[fitting], pack_tokens)]
-        dealt.append(alone + packs)
+        dealt.append(alone + even_packs(fitting, sizes, pack_tokens))
     most = max(len(packs) for packs in dealt)
     return [packs + [[] for _ in range(most - len(packs))] for packs in dealt]
+
+
+def even_packs(rows: Sequence[int], lengths: Ints, capacity: int) -> list[list[int]]:
+    """Rows in few packs of nearly equal tokens, none above `capacity`, which no row exceeds."""
+    fewest = -(-int(lengths[rows].sum()) // capacity) if rows else 0
+    for count in (fewest, fewest + 1):
+        packs = deal_rows(rows, lengths, count) if count else []
+        if all(pack_tokens(packs, lengths) <= capacity):
+            return packs
+    return [[rows[place] for place in pack] for pack in best_fit(lengths[rows], capacity)]

@@ -1,0 +1,49 @@
+"""Layers and loss compiled: what stands between the matmuls of a layer becomes a few kernels instead of fifty.
+
+Each layer is compiled alone, so that one compilation serves them all, and so is what is made of a chunk of logits.
+torch keeps what it compiled on the disk, and the next run finds it there.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from opensloth import paths
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_layers(model: torch.nn.Module, *, dynamic: bool) -> None:
+    """Compile each layer of a model in its place, at its first forward.
+
+    Args:
+        dynamic: whether packs have many sizes; else each size is compiled for itself.
+    """
+    os.environ.setdefault(CACHE, str(paths.cache_dir() / "compiled"))
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for layer in base.get_decoder().layers:
+        layer.compile(dynamic=True if dynamic else None)
+
+
+@cache
+def by_chunk(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a chunk of logits (tokens, vocabulary), its first argument, compiled for any number of tokens."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def run(logits: torch.Tensor, *more: Any) -> Any:
+        torch._dynamo.mark_static(logits, 1)
+        return compiled(logits, *more)
+
+    return run
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """While it lasts nothing is compiled, and nothing compiled is used: for passes of other shapes, which are few."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
