@@ -4,11 +4,14 @@ The slow path is eager attention over one row at a time, PEFT's own layers, all 
 (16-bit) weights.
 """
 
+import sys
+
 import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from opensloth.engine import attention, head, lora_layer, policy
+from opensloth.engine import attention, fused, head, lora_layer, policy
+from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
@@ -56,11 +59,35 @@ def slow(arch, made, device, monkeypatch):
         return torch.cat(logits), gradients(model), targets
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
+def test_compiled_layers_and_loss_equal_the_plain_ones(arch, monkeypatch, device):
+    pack = on(device, batcher(rows(), packing=True)([0, 1, 2, 3, 4]))
+    losses, found = [], []
+    for compiles in (False, True):
+        model = frozen_in(build(arch), torch.bfloat16).to(device)
+        last, _ = head.find(model.get_base_model())
+        model.set_attn_implementation(attention.NAME)
+        if compiles:
+            compile_layers(model, dynamic=False)
+            last.compiles = True
+        loss = pack_loss(model, pack, last)
+        loss.backward()
+        losses.append(loss.item())
+        found.append(gradients(model))
+    assert losses[1] == pytest.approx(losses[0], rel=LOGITS)
+    for name, gradient in found[0].items():
+        assert off(found[1][name], gradient) < GRADIENTS, name
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_logits_and_adapter_gradients_equal_the_slow_path(arch, monkeypatch, device):
     made = rows()
     logits, wanted, targets = slow(arch, made, device, monkeypatch)
     model = frozen_in(build(arch), torch.bfloat16).to(device)
+    modeling = sys.modules[type(model.get_base_model()).__module__]
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)  # put back for the slow path
+    fused.fuse(model)
+    assert hasattr(modeling.apply_rotary_pos_emb, "theirs")
     found, why = head.find(model.get_base_model())
     assert found is not None, why
     model.set_attn_implementation(attention.NAME)
