@@ -160,6 +160,54 @@ def test_the_tail_of_a_large_vocabulary_is_reached():
     assert 49_000 < int(chosen) < 51_000
 
 
+def inverse(logits, uniforms):
+    """The inverse of the cumulative distribution in float64: the token at each number, and at a little to each side."""
+    upto = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
+    return [np.searchsorted(upto, np.clip(uniforms + by, 0, 1) * upto[-1], side="right") for by in (0, -1e-7, 1e-7)]
+
+
+@pytest.mark.parametrize("size", [151_936, 513, 512, 511, 7])
+def test_tokens_are_those_of_the_inverse_distribution_in_float64(size):
+    """A block's sum in fp32 may move an edge by 1e-7 of the whole, and no draw more than that."""
+    noise = Noise(3, 1, (0,)).uniforms(2000)[0]
+    uniforms = torch.tensor(np.concatenate([[0.0, 1 - 2.0**-53], noise]))
+    logits = (3 * torch.randn(size, generator=torch.Generator().manual_seed(size))).bfloat16()
+    before = logits.clone()
+    exact, low, high = inverse(logits.float().numpy(), uniforms.numpy())
+    for part in range(0, len(uniforms), 100):
+        at = slice(part, part + 100)
+        numbers = uniforms[at]
+        chosen = choose(logits.expand(len(numbers), -1), Sampling(), numbers)[0].numpy()
+        high[at] = np.minimum(high[at], size - 1)
+        assert (low[at] <= chosen).all()
+        assert (chosen <= high[at]).all()
+        assert (chosen == exact[at]).mean() > 0.95
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.3, 0.999, 1 - 2.0**-53])
+def test_masked_blocks_and_masked_ends_are_never_drawn(number):
+    """Whole blocks of -inf before, between and after the tokens that may be drawn, and one token alone."""
+    rows = torch.full((3, 3000), -torch.inf)
+    rows[0, [600, 1023, 1700]] = torch.tensor([0.0, -80.0, 1.0])
+    rows[1, 2999] = -7.0
+    rows[2, 1024:1536] = 0.0
+    chosen, logprobs = choose(rows, Sampling(), torch.full((3,), number, dtype=torch.float64))
+    assert int(chosen[0]) in (600, 1023, 1700)
+    assert (int(chosen[1]), float(logprobs[1])) == (2999, 0.0)
+    assert int(chosen[2]) == 1024 + int(number * 512)
+    torch.testing.assert_close(logprobs, rows.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_p=0.9), Sampling(top_k=9), Sampling(min_p=0.1)])
+def test_a_row_without_numbers_has_no_log_probability(sampling):
+    rows = torch.zeros(3, 700)
+    rows[0, 600], rows[1, 3], rows[2] = torch.nan, torch.inf, -torch.inf
+    chosen, logprobs = choose(rows, sampling, torch.full((3,), 0.5, dtype=torch.float64))
+    assert logprobs.isnan().all()
+    assert (chosen < 700).all()
+
+
 def test_16_bit_logits_are_computed_in_fp32():
     rows = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     numbers = torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=torch.float64)

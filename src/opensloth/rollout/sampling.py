@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+BLOCK = 512  # tokens: some hundred blocks of some hundred tokens in a vocabulary of 150,000
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.top_p == 1 and self.top_k == 0 and self.min_p == 0
 
 
 @dataclass(frozen=True)
@@ -66,41 +72,87 @@ def choose(
     """One token for each row of logits.
 
     Args:
-        logits: (rows, vocabulary), of any float type; computed in fp32.
+        logits: (rows, vocabulary), of any float type; computed in fp32, and left as they are.
         uniforms: (rows,) float64 in [0, 1); None only for greedy.
     Returns:
         Token ids (rows,) int64 and their log-probabilities (rows,) fp32 under softmax(logits / temperature) over the
         whole vocabulary, whatever the filters left out: this is what the trainer computes. Greedy: temperature 1.
     """
-    scores = logits.float()
+    temperature = 1.0 if sampling.greedy else sampling.temperature
+    peak = logits.amax(-1, keepdim=True).float()
+    weights = exponentials(logits, peak, temperature)
+    sums = weights.sum(-1)
     if sampling.greedy:
-        chosen = scores.argmax(-1)
+        chosen = logits.argmax(-1, keepdim=True)
+    elif uniforms is None:
+        raise ValueError("sampling needs a random number for each row")
     else:
-        if uniforms is None:
-            raise ValueError("sampling needs a random number for each row")
-        scores = scores / sampling.temperature
-        chosen = draw(scores, sampling, uniforms)
-    return chosen, scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1)
+        numbers = uniforms.to(logits.device, torch.float64)[:, None]
+        chosen = draw(weights, sums, numbers) if sampling.whole else draw_filtered(weights, sampling, numbers)
+    above = (logits.gather(-1, chosen).float() - peak) / temperature
+    return chosen[:, 0], (above - sums.sum(-1, keepdim=True, dtype=torch.float64).log()).float()[:, 0]
 
 
-def draw(scores: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
-    """Token ids (rows,): filters in the order top-k, top-p, min-p, each over what the one before left, then the
-    inverse of the cumulative distribution at `uniforms`. Never a token of probability 0."""
-    ids = None
-    if 0 < sampling.top_k < scores.shape[-1]:
-        scores, ids = scores.topk(sampling.top_k, -1)  # the likeliest first
+def exponentials(logits: torch.Tensor, peak: torch.Tensor, temperature: float) -> torch.Tensor:
+    """exp((logits - peak) / temperature) in fp32, with zeros up to whole blocks: (rows, blocks, BLOCK).
+
+    At 1,024 rows of a large vocabulary each pass over them takes as long as some layers of the model, so the rest of a
+    draw needs only these and the sums of their blocks.
+    """
+    rows, vocabulary = logits.shape
+    blocks = -(-vocabulary // BLOCK)
+    weights = torch.empty(rows, blocks * BLOCK, dtype=torch.float32, device=logits.device)
+    weights[:, vocabulary:] = 0
+    inside = weights[:, :vocabulary]
+    torch.sub(logits.detach(), peak, out=inside)
+    if temperature != 1:
+        inside.div_(temperature)
+    inside.exp_()
+    return weights.view(rows, blocks, BLOCK)
+
+
+def draw(weights: torch.Tensor, sums: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The inverse of the cumulative distribution at `uniforms` (rows, 1): ids (rows, 1). Never one of weight 0.
+
+    First the block, then the token in it: sums in float64 over the whole vocabulary would cost as much as the model.
+
+    Args:
+        weights: (rows, blocks, BLOCK) fp32, not normalized.
+        sums: those of the blocks (rows, blocks).
+    """
+    block, rest = place(sums, uniforms)
+    one = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    return block * BLOCK + place(one, rest)[0]
+
+
+def draw_filtered(weights: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """The same after filters in the order top-k, top-p, min-p, each over what the one before left."""
+    ids, weights = None, weights.flatten(1)
+    if sampling.top_k > 0:
+        weights, ids = weights.topk(min(sampling.top_k, weights.shape[-1]), -1)  # the likeliest first
     elif sampling.top_p < 1:
-        scores, ids = scores.sort(dim=-1, descending=True, stable=True)
-    weights = scores.softmax(-1)
+        weights, ids = weights.sort(dim=-1, descending=True, stable=True)
     if sampling.top_p < 1:
-        before = weights.cumsum(-1, dtype=torch.float64) - weights
-        weights = weights.masked_fill(before >= sampling.top_p, 0)
+        upto = weights.cumsum(-1, dtype=torch.float64)
+        weights = weights.masked_fill(upto - weights >= sampling.top_p * upto[:, -1:], 0)
     if sampling.min_p > 0:
         weights = weights.masked_fill(weights < sampling.min_p * weights.amax(-1, keepdim=True), 0)
+    at, _ = place(weights, uniforms)
+    return at if ids is None else ids.gather(-1, at)
+
+
+def place(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative sum of weights (rows, n) passes the share `uniforms` (rows, 1) of their total.
+
+    Returns:
+        The place (rows, 1), never one of weight 0, and how far into its weight: (rows, 1) float64 in [0, 1).
+    """
     # fp32 sums would lose the tail of a large vocabulary
-    total = weights.cumsum(-1, dtype=torch.float64)
-    target = uniforms.to(total.device, torch.float64)[:, None] * total[:, -1:]
-    at = torch.searchsorted(total, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    upto = weights.cumsum(-1, dtype=torch.float64)
+    target = uniforms * upto[:, -1:]
+    at = torch.searchsorted(upto, target, right=True).clamp_(max=weights.shape[-1] - 1)
     # a GPU sums in blocks, so its sums may step where the weight is 0
     at = torch.where(weights.gather(-1, at) > 0, at, weights.argmax(-1, keepdim=True))
-    return (at if ids is None else ids.gather(-1, at))[:, 0]
+    weight = weights.gather(-1, at).double()
+    into = (target - (upto.gather(-1, at) - weight)) / weight
+    return at, into.clamp_(0, 1 - 2.0**-53)
