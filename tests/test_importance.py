@@ -1,11 +1,15 @@
 """Weights of tokens that a sampler drew with probabilities of its own; figures of a step from its micro-batches."""
 
 import math
+import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 
+from opensloth.training import plain_trl
 from opensloth.training.importance import ALIKE, CAP, Gaps, corrected, weights
 from opensloth.training.micro_batches import StepFigures
 
@@ -46,6 +50,39 @@ def test_gaps_and_advantages_are_of_tokens():
             "importance/capped": 1 / 3,
         }
     )
+
+
+def test_a_micro_batch_without_a_token_that_counts_adds_nothing():
+    gaps = Gaps(torch.device("cpu"))
+    part = {"sampling_per_token_logps": torch.tensor([[-9.0, float("nan")]]), "completion_mask": torch.zeros(1, 2)}
+    gaps.add(torch.zeros(1, 2), part)
+    assert set(gaps.figures().values()) == {0.0}
+    gaps.add(torch.zeros(1, 2), part | {"completion_mask": torch.tensor([[1, 0]])})
+    assert gaps.figures() == {
+        "logp_gap/mean": 9.0,
+        "logp_gap/max": 9.0,
+        "importance/mean": 2.0,
+        "importance/capped": 1.0,
+    }
+
+
+def test_arguments_are_trls_own_where_unsloth_has_put_others_in_their_place(monkeypatch, tmp_path):
+    """Which leave out of the loss what was cut, whatever they are asked."""
+    from trl.trainer import grpo_config
+
+    class Rewritten(grpo_config.GRPOConfig):
+        def __init__(self, **given):
+            super().__init__(**given | {"mask_truncated_completions": True, "epsilon_high": 0.28})
+
+    for module in (trl, trl.trainer, grpo_config):
+        monkeypatch.setattr(module, "GRPOConfig", Rewritten)
+    monkeypatch.setitem(sys.modules, "unsloth", sys)
+    monkeypatch.delitem(sys.modules, "trl.trainer.grpo_config_of_trl", raising=False)
+    found = plain_trl.grpo_config()(output_dir=str(tmp_path), epsilon=0.1, bf16=False, report_to="none")
+    assert (found.mask_truncated_completions, found.epsilon_high) == (False, None)
+    assert pickle.loads(pickle.dumps(found)).epsilon == 0.1
+    monkeypatch.undo()
+    assert plain_trl.grpo_config() is trl.GRPOConfig
 
 
 def test_a_step_has_one_figure_whatever_its_micro_batches():

@@ -38,11 +38,12 @@ class Gaps:
         self.most = torch.zeros(1, device=device, dtype=torch.float64)
 
     def add(self, policy: torch.Tensor, part: Batch) -> None:
+        """Of the tokens that count in a micro-batch, which may be none; without the host waiting for the card."""
         mask = part["completion_mask"].bool()
-        here, there = (x[mask].double() for x in (policy, part["sampling_per_token_logps"]))
-        gap, weight = (here - there).abs(), weights(here, there)
-        self.sums += torch.stack([mask.sum().double(), gap.sum(), weight.sum(), (weight >= CAP).sum().double()])
-        self.most = torch.maximum(self.most, gap.max()[None])
+        here, there = (x.double().where(mask, 0.0) for x in (policy, part["sampling_per_token_logps"]))
+        gap, weight = (here - there).abs(), weights(here, there).where(mask, 0.0)
+        self.sums += torch.stack([mask.sum(), gap.sum(), weight.sum(), (weight >= CAP).sum()])
+        self.most = torch.maximum(self.most, gap.amax())
 
     def figures(self) -> dict[str, float]:
         if dist.is_initialized():

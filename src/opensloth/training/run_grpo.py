@@ -34,6 +34,7 @@ from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
 from opensloth.training.place import Place
+from opensloth.training.plain_trl import grpo_config
 from opensloth.training.prompts import Prompts
 from opensloth.training.rehearsal import grpo_attempt, rehearse
 from opensloth.training.run import evaluated, run_files, seed_of, train_to_the_end
@@ -181,8 +182,6 @@ def room_for_rollouts(job: GrpoJob, engine: Engine, decoder: GraphDecoder, place
 def build_trainer(
     run: grpo.Run, job: GrpoJob, prepared: Prepared, engine: Engine, checkpointing: str, place: Place
 ) -> Any:
-    from trl import GRPOConfig
-
     frame = Frame(
         run_dir=run.files.directory,
         steps=run.prompts.plan.steps,
@@ -203,7 +202,7 @@ def build_trainer(
         run=run,
         model=engine.model,
         reward_funcs=[judge.function for judge in judges],
-        args=GRPOConfig(**grpo_args(job, frame, [judge.weight for judge in judges])),
+        args=grpo_config()(**grpo_args(job, frame, [judge.weight for judge in judges])),
         train_dataset=rows,
         eval_dataset=rows if run.evaluates else None,
         processing_class=engine.tokenizer,
