@@ -1,5 +1,7 @@
 """Training end to end on a tiny model: the real command where processes matter, else its worker in this process."""
 
+import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -17,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
 from opensloth.errors import WorkerFailed
+from opensloth.training import run_sft
 from opensloth.training.callbacks import Metrics, check_equal
 from opensloth.training.loader import Batcher
+from opensloth.training.stopping import StopOnSignal
 from tiny import save_tiny_model
 from training_fixtures import SECRET, begin, call, end, environment, sft, wait_for, write_rows  # noqa: F401
 
@@ -240,6 +244,67 @@ def test_with_dropout_too_a_run_stopped_at_any_step_is_resumed_exactly(here, cal
     plain = (*SMALL, "--max-steps", 8)
     assert call(*plain, "--output", "no-dropout")[0] == 0
     assert (here / "dropout" / name).read_bytes() != (here / "no-dropout" / name).read_bytes()
+
+
+@pytest.fixture
+def evaluate_and(monkeypatch):
+    """`evaluate_and(act)`: calls `act(number)` before each held-out micro-batch, numbered from 1 in each run."""
+
+    describe = run_sft.describe_run
+
+    def choose(act):
+        def described(*arguments):
+            run, seen = describe(*arguments), itertools.count(1)
+
+            def loss(model, inputs):
+                if not model.training:
+                    act(next(seen))
+                return run.loss(model, inputs)
+
+            return dataclasses.replace(run, loss=loss)
+
+        monkeypatch.setattr(run_sft, "describe_run", described)
+
+    yield choose
+    monkeypatch.undo()
+
+
+def test_a_dropped_evaluation_is_made_up_for(here, call, evaluate_and):  # noqa: F811
+    """Of three: the first in its second micro-batch, and by the run that goes on the last one, after training."""
+    job = (*SMALL, "--eval-fraction", 0.3, "--pack-tokens", 200, "--max-steps", 5, "--eval-steps", 2, "--save-steps", 3)
+    seen = []
+    evaluate_and(seen.append)
+    assert call(*job, "--output", "evals")[0] == 0
+    parts = len(seen) // 3
+    assert parts > 2
+    for at, steps in ((2, 2), (parts * 2 + 2, 5)):  # it makes up for the first, then makes the second
+        seen.clear()
+        evaluate_and(lambda number, at=at: (seen.append(number), number == at and signal.raise_signal(signal.SIGUSR1)))
+        code, out = call(*job, "--output", "evals-cut")
+        assert (code, f"Stopped by SIGUSR1 after step {steps}, which is saved." in out) == (75, True), out
+        assert len(seen) == at  # and no micro-batch more
+    evaluate_and(seen.append)
+    assert call(*job, "--output", "evals-cut")[0] == 0
+    whole, cut = here / "evals", here / "evals-cut"
+    for name in ("adapter_model.safetensors", "best/adapter_model.safetensors", "best/best.json"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    for key in ("loss", "eval_loss"):
+        one, other = ([(entry["step"], entry[key]) for entry in metrics(at, key)] for at in (whole, cut))
+        assert one == other != [], key
+    assert [entry["step"] for entry in metrics(cut, "eval_loss")] == [2, 4, 5]
+    events = EventAccumulator(str(cut / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("eval/loss")] == [2, 4, 5]
+
+
+def test_a_process_that_was_not_asked_drops_its_evaluation_with_the_others(here, call, evaluate_and, monkeypatch):  # noqa: F811
+    """Those that were asked have left: nobody is there to add up a loss with."""
+    asked = []
+    monkeypatch.setattr(StopOnSignal, "anyone_asked", lambda _: bool(asked))
+    evaluate_and(asked.append)
+    code, out = call(*SMALL, "--eval-fraction", 0.3, "--eval-steps", 1, "--output", "evals-other")
+    assert (code, "Stopped by a signal after step 1, which is saved." in out) == (75, True), out
+    assert asked
+    assert metrics(here / "evals-other", "eval_loss") == []
 
 
 # --- several processes -------------------------------------------------------------------------------------------

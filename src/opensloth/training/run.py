@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from opensloth import log, paths
 from opensloth.config.jobs import RunJob
@@ -111,6 +111,22 @@ def evaluated(trainer: Any) -> bool:
     """Whether the last step was evaluated: it is, if --eval-steps divides it."""
     step = trainer.state.global_step
     return any(e["step"] == step and any(name.startswith("eval_") for name in e) for e in trainer.state.log_history)
+
+
+class DueEvaluation(TrainerCallback):
+    """As training begins: evaluates where a signal ended an evaluation, and before the first step where that is asked.
+
+    Args:
+        first: whether what the run starts from is evaluated too.
+    """
+
+    def __init__(self, trainer: Any, *, first: bool) -> None:
+        self.trainer, self.first = trainer, first
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        due = state.global_step % args.eval_steps == 0 and (self.first or state.global_step > 0)
+        if due and not evaluated(self.trainer):
+            self.trainer.evaluate()
 
 
 def checkpoint_to_resume(job: RunJob, run_dir: Path) -> Path | None:

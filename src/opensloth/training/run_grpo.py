@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from opensloth import log
 from opensloth.config.jobs import GrpoJob
@@ -37,7 +36,7 @@ from opensloth.training.place import Place
 from opensloth.training.plain_trl import grpo_config
 from opensloth.training.prompts import Prompts
 from opensloth.training.rehearsal import grpo_attempt, rehearse
-from opensloth.training.run import evaluated, run_files, seed_of, train_to_the_end
+from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
 
 
@@ -211,20 +210,8 @@ def build_trainer(
         board = "tensorboard" in job.report_to
         trainer.add_callback(BatchesMetrics(run.files.directory, run.prompts.plan, job.group_size, place.device, board))
     if run.evaluates:
-        trainer.add_callback(FirstLook(trainer))
+        trainer.add_callback(DueEvaluation(trainer, first=True))
     return trainer
-
-
-class FirstLook(TrainerCallback):
-    """Evaluates before the first step, what the run starts from; and where a signal ended an evaluation."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        due = state.global_step % args.eval_steps == 0
-        if due and not evaluated(self.trainer):
-            self.trainer.evaluate()
 
 
 def add_reference(trainer: Any, job: GrpoJob, ref: ModelRef, engine: Engine) -> None:

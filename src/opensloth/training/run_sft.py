@@ -17,7 +17,7 @@ from opensloth.training.callbacks import StepsMetrics
 from opensloth.training.loader import Batcher, Steps, eval_packs
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import rehearse, sft_attempt
-from opensloth.training.run import run_files, seed_of, train_to_the_end
+from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
 from opensloth.training.trainer import RunFiles
 from opensloth.training.trl_args import Frame, sft_args
 
@@ -101,4 +101,6 @@ def build_trainer(
     )
     if place.leads:
         trainer.add_callback(StepsMetrics(run.files.directory, run.steps, place.device, "tensorboard" in job.report_to))
+    if evaluates:
+        trainer.add_callback(DueEvaluation(trainer, first=False))
     return trainer

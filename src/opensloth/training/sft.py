@@ -12,6 +12,7 @@ from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training.costs import Costs
 from opensloth.training.loader import Batcher, Step, Steps
+from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
 
 
@@ -42,6 +43,7 @@ def trainer_class() -> type[Any]:
         """TRL's trainer; each batch of its loader is one optimizer step (`training.loader.Step`)."""
 
         control: Any  # transformers' TrainerControl
+        stop: StopOnSignal | None = None
 
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
@@ -84,12 +86,19 @@ def trainer_class() -> type[Any]:
 
         @torch.no_grad()
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """The token-weighted mean loss of the held-out rows; equal for any number of processes."""
+            """The token-weighted mean loss of the held-out rows; equal for any number of processes.
+
+            Raises Dropped on all processes, once each is through, where any of them was asked to stop meanwhile.
+            """
             self.model.eval()
             total = torch.zeros((), device=self.args.device, dtype=torch.float64)
             for rows in self.run.held_out:
+                if self.stop and self.stop.asked():
+                    break
                 total += self.compute_loss(self.model, self._prepare_inputs(self.run.batcher(rows))).double()
             self.model.train()
+            if self.stop:
+                self.stop.drop_if_asked()
             if dist.is_initialized():
                 dist.all_reduce(total)
             loss = float(total) / max(1, self.run.held_out_targets)

@@ -1,6 +1,7 @@
 """How a request to stop, on any process, becomes one step after which all of them end.
 
-It is heeded after a step; and by GRPO while completions are being written, which may take minutes: those are dropped.
+It is heeded after a step; and in what may take minutes: an evaluation, or completions that are being written. Those are
+dropped, and made up for by the run that goes on.
 """
 
 import torch
@@ -11,7 +12,7 @@ from opensloth.launch.stop import StopRequest
 
 
 class Dropped(Exception):
-    """Completions were dropped on all processes because one of them was asked to stop."""
+    """Completions or an evaluation were dropped on all processes because one of them was asked to stop."""
 
 
 class StopOnSignal(TrainerCallback):
