@@ -21,6 +21,7 @@ from opensloth import rewards
 from opensloth.config.jobs import GrpoJob
 from opensloth.data.plan.batches import lay_out
 from opensloth.data.prepared.directory import open_prepared
+from opensloth.training.trl_args import scale_rewards
 
 MICRO_BATCH = 64  # completions
 
@@ -54,6 +55,7 @@ def main() -> None:
         beta=job.beta,
         epsilon=job.clip,
         loss_type=job.loss,
+        scale_rewards=scale_rewards(job),
         learning_rate=job.lr,
         lr_scheduler_type=job.lr_scheduler,
         warmup_steps=int(job.warmup_steps),
