@@ -8,7 +8,8 @@ lies there, found.jsonl is enough). Prints a table and writes benchmarks/results
 
 The rows have log-normal lengths (median about 490 tokens, cut at 2048); every token is trained. `os-data` prepares them
 once, and all train on those ids. Ours is the command `os-sft` in its own process, with its defaults, and its speed is
-that of its metrics.jsonl after WARM_UP steps. Unsloth and TRL run as their documents show (peers/train_sft.py): a
+that of its metrics.jsonl after WARM_UP steps; once with compiled layers, as it runs in trainings that are longer than
+these, and once without. Unsloth and TRL run as their documents show (peers/train_sft.py): a
 process for each case goes through a grid of settings, with the model loaded anew for each, and a setting counts its
 real tokens, padding left out, after WARM_UP steps too. In a case with a limit every process tells torch before it loads
 anything how much of the card it may have (limited.py). Peaks are those of torch's allocator.
@@ -84,9 +85,11 @@ TINY = Case("tiny", "tiny-qwen3", 16, tokens_per_step=512, steps=6, grid=((True,
 TRL: tuple[Setting, ...] = ((False, 8, True, "adamw_torch_fused"),)
 TRL_CASES = ("0.6b", "4b", "tiny")
 NO_PACKING = "no packing"  # an option of os-data; rows are padded, up to as many slots
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "compile on": ("--compile", "on"),
-    "compile off": ("--compile", "off"),
+SETTINGS = {
+    "compiled": "on",
+    "not compiled": "off",
+}  # of ours; the first is what `--compile auto` chooses for a long run
+ABLATIONS: dict[str, tuple[str, ...]] = {  # of what is not compiled, which needs no minute each to begin
     "checkpointing none": ("--gradient-checkpointing", "none"),
     "checkpointing selective": ("--gradient-checkpointing", "selective"),
     "checkpointing full": ("--gradient-checkpointing", "full"),
@@ -108,7 +111,11 @@ def main() -> None:
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), SMALL if arguments.rehearse else Rows())
     cases = (TINY,) if arguments.rehearse else CASES
-    jobs = [job for case in cases for job in (ours(case, data), peer(case, "unsloth", case.grid, data))]
+    jobs = [
+        job
+        for case in cases
+        for job in (*(ours(case, data, name) for name in SETTINGS), peer(case, "unsloth", case.grid, data))
+    ]
     jobs += [peer(case, "trl", trl_grid(case), data) for case in cases if case.name in TRL_CASES]
     if arguments.ablations:
         ablated = (TINY,) if arguments.rehearse else [case for case in CASES if case.name in ABLATED]
@@ -169,10 +176,10 @@ def facts(case: Case, impl: str, setting: str) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, data: Data, ablation: str = "") -> Job:
-    """`os-sft`, with one option changed for an ablation."""
-    name = f"{case.name}/opensloth" + (f"/{ablation}" if ablation else "")
-    packing = ablation != NO_PACKING
+def ours(case: Case, data: Data, setting: str) -> Job:
+    """`os-sft`, in a setting or in an ablation."""
+    name, ablated = f"{case.name}/opensloth/{setting}", setting in ABLATIONS
+    packing = setting != NO_PACKING
     run = data.work / "runs" / series.as_file(name)
     limit = case.memory_limit_gib
     program = ["-m", "opensloth.cli.sft"] if limit is None else [str(HERE / "limited.py"), str(limit)]
@@ -180,8 +187,8 @@ def ours(case: Case, data: Data, ablation: str = "") -> Job:
     command += ["--model", str(data.work / "models" / case.model), "--output", str(run), "--force"]
     command += ["--max-steps", str(case.steps), "--tokens-per-step", str(case.tokens_per_step)]
     command += ["--load-in-4bit"] if case.bits == 4 else []
-    command += ABLATIONS[ablation] if ablation else ()
-    known = facts(case, "opensloth", ablation or "defaults") | ({"ablation": True} if ablation else {})
+    command += ["--compile", SETTINGS.get(setting, "off"), *ABLATIONS.get(setting, ())]
+    known = facts(case, "opensloth", setting) | ({"ablation": True} if ablated else {})
     return Job(
         name=name,
         points=[Point(name, known)],
