@@ -1,22 +1,18 @@
 """Norms and rotary positions in one kernel each compute what the model's own code does."""
 
-import os
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from interpreted import needs_triton
 from opensloth.engine import fused
 from test_attention import ARCHITECTURES, build
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
 
 @pytest.fixture
-def rotary(monkeypatch):
+def rotary():
     """The kernel, run by triton's interpreter on CPU tensors."""
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     from opensloth.engine import rotary
 
     return rotary

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from opensloth.rollout import graph
 from opensloth.rollout.generate import generate
-from opensloth.rollout.graph import BUCKET, CHECK_EVERY, GraphDecoder, smallest
+from opensloth.rollout.graph import CHECK_EVERY, GraphDecoder, smallest
 from opensloth.rollout.merge import Merge, adapted
 from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.rollout.store import BUCKET
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 10, 11, 12, 13], [9, 10, 11, 12, 13], [4] * (BUCKET + 6)]
 STOPS = [3, *range(50, 69)]  # many, so that completions end at different lengths

@@ -30,8 +30,8 @@ def test_buffers_stay_unless_that_doubles_the_turns(completions, row, free, rows
 def test_a_row_is_its_keys_and_values_and_a_choice():
     config = Qwen3Config(num_hidden_layers=28, num_key_value_heads=8, head_dim=128, vocab_size=151_936)
     cache = 28 * 8 * 128 * 2 * 2  # keys and values, two bytes a number
-    assert bytes_of_row(config, 512, copies=1.125) == int(cache * 512 * 1.125) + 151_936 * 40
-    assert bytes_of_row(config, 512) == cache * 512 * 2 + 151_936 * 40
+    assert bytes_of_row(config, 576.5, 2) == int(cache * 576.5) + 151_936 * 40
+    assert bytes_of_row(config, 512, 4) == cache * 512 * 2 + 151_936 * 40
 
 
 def test_what_is_kept_is_said():

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from grpo_fixtures import make_place
 from opensloth.rollout.generate import generate
-from opensloth.rollout.graph import BUCKET, GraphDecoder
+from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.rollout.store import BUCKET
 from tiny import tiny_model, tiny_tokenizer
 from training_fixtures import environment
 

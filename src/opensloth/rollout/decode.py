@@ -107,10 +107,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 @contextmanager
-def grouped_attention(policy: torch.nn.Module) -> Iterator[None]:
+def attention_by(policy: torch.nn.Module, name: str) -> Iterator[None]:
+    """The model with another attention, by its name in transformers."""
     base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     before = base.config._attn_implementation
-    base.set_attn_implementation(grouped.NAME)
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -169,7 +170,7 @@ def decode(
     logprobs = torch.zeros((len(prompts), max_new), device=device)
     lengths = torch.full((len(prompts),), max_new, device=device)
     open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    with grouped_attention(policy):
+    with attention_by(policy, grouped.NAME):
         logits = step(policy, ids, mask, cache)[source]
         for layer in cache.layers:
             layer.spread(source, max_new)

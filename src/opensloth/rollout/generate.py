@@ -108,17 +108,18 @@ def at_once(config: Any, device: torch.device, length: int) -> int:
     """
     if device.type != "cuda":
         return ON_CPU
-    return fitting(bytes_of_row(config, length), (free_bytes(device) or 0) * SHARE)
+    # twice the positions, while a batch shrinks
+    return fitting(bytes_of_row(config, 2 * length, 2), (free_bytes(device) or 0) * SHARE)
 
 
-def bytes_of_row(config: Any, length: int, copies: float = 2) -> int:
-    """What decoding one completion takes: keys and values in 16 bits (twice, while a batch shrinks), and a choice."""
+def bytes_of_row(config: Any, positions: float, itemsize: int) -> int:
+    """What decoding one completion takes: keys and values of so many positions, `itemsize` bytes each, and a choice."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head * 2
+    cache = 2 * text.num_hidden_layers * heads * head * itemsize
     choosing = text.vocab_size * 40  # logits in 16, 32 and 64 bits, their probabilities and sums
-    return int(cache * length * copies + choosing)
+    return int(cache * positions + choosing)
 
 
 def by_transformers(

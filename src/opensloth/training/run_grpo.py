@@ -24,11 +24,12 @@ from opensloth.rewards.gold import FAILURES
 from opensloth.rollout import room as rooms
 from opensloth.rollout.decode import why_not
 from opensloth.rollout.generate import bytes_of_row
-from opensloth.rollout.graph import GraphDecoder, bucket
+from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.merge import adapted
 from opensloth.rollout.recorded import recorded
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
+from opensloth.rollout.store import positions_of_row
 from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
@@ -56,7 +57,8 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     packing = bool(prepared.manifest.options["packing"])
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     decoder = writer(job, engine, place, longest)
-    room = room_for_rollouts(job, engine, decoder, place, longest) if decoder else None
+    evaluates = bool(prepared.is_eval.any())
+    room = room_for_rollouts(job, engine, decoder, place, longest, evaluates) if decoder else None
     chosen = plan.choose(engine, job, place.device, longest=longest, kept=room.kept if room else 0)
     if place.leads:
         for line in [*engine.notes, *plan.describe_batches(laid_out, job, chosen, place.processes)]:
@@ -163,7 +165,9 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
     return GraphDecoder() if wanted and not reason else None
 
 
-def room_for_rollouts(job: GrpoJob, engine: Engine, decoder: GraphDecoder, place: Place, longest: int) -> Room | None:
+def room_for_rollouts(
+    job: GrpoJob, engine: Engine, decoder: GraphDecoder, place: Place, longest: int, held_out_too: bool
+) -> Room | None:
     """The decoder's buffers on a card; None on a CPU. What merging keeps is laid aside first."""
     if memory.free_bytes(place.device) is None:
         return None
@@ -172,8 +176,9 @@ def room_for_rollouts(job: GrpoJob, engine: Engine, decoder: GraphDecoder, place
     state = memory.estimate(config, job, engine.dtype.itemsize).adapter  # gradients and moments, which are yet to come
     free = max((memory.free_bytes(place.device) or 0) - state, 0)
     completions = job.prompts_per_step * job.group_size // place.processes
-    copies = 1 + 1 / job.group_size  # the prompts' own, once for each group
-    room = rooms.choose(completions, bytes_of_row(config, bucket(longest), copies), free)
+    share = 1.0 if held_out_too else 1 / job.group_size  # held-out prompts are completed once each
+    positions = positions_of_row(longest - job.max_new, job.max_new, share, place.device, config)
+    room = rooms.choose(completions, bytes_of_row(config, positions, engine.dtype.itemsize), free)
     engine.notes.append(str(room))
     return room
 

@@ -1,0 +1,159 @@
+"""Attention of one new position over a prompt that a group shares and over a completion's own keys: a Triton kernel.
+
+At a decoding step attention does nothing but read keys and values. Here each program reads those of one row and one
+key head: only as many as there are, without a mask, once for all query heads that share them, and the prompt's from
+where they lie once for the whole group. Programs of a group run beside each other, so that the card's cache serves all
+but the first. The new key and value are written in passing. Lengths are read on the card: one recording serves all.
+
+It is imported on a card alone: only CUDA builds of torch have Triton.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from transformers import AttentionInterface
+
+# no mask is registered under it: transformers then builds none
+NAME = "opensloth_shared"
+BLOCK = 64  # positions that are read at once
+WARPS, STAGES = 4, 3
+LEAST = 16  # rows of a matmul on a tensor core
+
+
+def shared(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    buffers: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it, with one new position a row.
+
+    Args:
+        query: (rows, heads, 1, size); `key` and `value` of the new position may have fewer heads.
+        buffers: the `rollout.store.SharedPrompts` that holds all other keys and values.
+    Returns:
+        (rows, 1, heads, size), None.
+    """
+    layer = buffers.layers[module.layer_idx]
+    out = attend(
+        query[:, :, 0], key[:, :, 0], value[:, :, 0], layer.keys, layer.values, layer.prompt_keys, layer.prompt_values,
+        buffers.source, buffers.starts, buffers.end, buffers.own, scaling or query.shape[-1] ** -0.5,
+    )  # fmt: skip
+    return out[:, None], None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prompt_keys: torch.Tensor,
+    prompt_values: torch.Tensor,
+    source: torch.Tensor,
+    starts: torch.Tensor,
+    prompts_end: torch.Tensor,
+    own: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """One new position of each row; its key and value are written to position `own` of `keys` and `values`.
+
+    Args:
+        query: (rows, heads, size); key, value: (rows, key heads, size).
+        keys, values: (at least rows, key heads, room, size), of which the first `own` (1,) positions are there.
+        prompt_keys, prompt_values: (prompts, key heads, room, size), of which prompt i is at `starts[i]` to
+            `prompts_end` (1,).
+        source: (at least rows,) the prompt of each row.
+    Returns:
+        (rows, heads, size).
+    """
+    rows, heads, size = query.shape
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = query.new_empty(rows, heads, size)
+    _attend[(rows * key.shape[1],)](
+        query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out,
+        scaling, rows,
+        *(stride for x in (query, key, value) for stride in x.stride()[:2]),
+        *keys.stride()[:3], *prompt_keys.stride()[:3],
+        HEADS=heads, GROUP=heads // key.shape[1], SIZE=size,
+        GROUP_BLOCK=max(triton.next_power_of_2(heads // key.shape[1]), LEAST), SIZE_BLOCK=triton.next_power_of_2(size),
+        BLOCK=BLOCK, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _more(
+    query, most, total, found, keys, values, first, end, stride, scaling,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax (Milakov and Gimelshein, arXiv 1805.02867) over positions `first` to `end` of some keys."""
+    column = tl.arange(0, SIZE_BLOCK)
+    for start in range(first, end, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        there = position < end
+        place = position.to(tl.int64)[:, None] * stride + column[None, :]
+        inside = there[:, None] & (column[None, :] < SIZE)
+        key = tl.load(keys + place, mask=inside, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scaling
+        score = tl.where(there[None, :], score, -float("inf"))
+        new_most = tl.maximum(most, tl.max(score, 1))
+        weight = tl.exp(score - new_most[:, None])
+        shrink = tl.exp(most - new_most)
+        total = total * shrink + tl.sum(weight, 1)
+        value = tl.load(values + place, mask=inside, other=0.0)
+        found = found * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        most = new_most
+    return most, total, found
+
+
+@triton.jit
+def _attend(
+    query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out, scaling, rows,
+    query_row, query_head, key_row, key_head, value_row, value_head,
+    keys_row, keys_head, keys_position, prompt_row, prompt_head, prompt_position,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program for each key head of each row, those of one head beside each other."""
+    program = tl.program_id(0)
+    row, head = (program % rows).to(tl.int64), (program // rows).to(tl.int64)
+    column, member = tl.arange(0, SIZE_BLOCK), tl.arange(0, GROUP_BLOCK)
+    wide = column < SIZE
+    mine = (member[:, None] < GROUP) & wide[None, :]
+    q = tl.load(
+        query + row * query_row + (head * GROUP + member)[:, None] * query_head + column[None, :], mask=mine, other=0.0
+    )
+    new_key = tl.load(key + row * key_row + head * key_head + column, mask=wide, other=0.0)
+    new_value = tl.load(value + row * value_row + head * value_head + column, mask=wide, other=0.0)
+    count = tl.load(own)
+    here = row * keys_row + head * keys_head
+    tl.store(keys + here + count * keys_position + column, new_key, mask=wide)
+    tl.store(values + here + count * keys_position + column, new_value, mask=wide)
+    # the new position is the first of the sum: what was just stored need not be read again
+    most = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scaling
+    total = tl.full((GROUP_BLOCK,), 1.0, tl.float32)
+    found = tl.zeros((GROUP_BLOCK, SIZE_BLOCK), tl.float32) + new_value.to(tl.float32)[None, :]
+    prompt = tl.load(source + row)
+    there = prompt * prompt_row + head * prompt_head
+    most, total, found = _more(
+        q, most, total, found, prompt_keys + there, prompt_values + there,
+        tl.load(starts + prompt), tl.load(prompts_end), prompt_position, scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+    )  # fmt: skip
+    most, total, found = _more(
+        q, most, total, found, keys + here, values + here, 0, count, keys_position, scaling,
+        SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+    )  # fmt: skip
+    found = found / total[:, None]
+    place = (row * HEADS + head * GROUP + member)[:, None] * SIZE + column[None, :]
+    tl.store(out + place, found.to(out.dtype.element_ty), mask=mine)
+
+
+AttentionInterface.register(NAME, shared)

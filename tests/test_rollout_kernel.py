@@ -1,0 +1,79 @@
+"""The kernel that attends over shared prompts, run by triton's interpreter on CPU tensors."""
+
+import pytest
+import torch
+
+from interpreted import needs_triton
+from opensloth.rollout.generate import generate
+from opensloth.rollout.graph import CHECK_EVERY, GraphDecoder
+from opensloth.rollout.store import OwnRows, SharedPrompts, positions_of_row, why_not_shared
+from test_rollout_graph import PROMPTS, policy, settings
+
+pytestmark = needs_triton
+
+CASES = [  # rows, prompts, query heads for a key head, key heads, head size, longest prompt, room, written
+    (5, 2, 2, 2, 32, 70, 40, 0),
+    (5, 2, 1, 3, 24, 7, 100, 77),
+    (9, 3, 4, 2, 64, 65, 130, 129),
+    (6, 6, 7, 1, 128, 130, 64, 10),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter multiplies no bfloat16
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_attention_over_the_prompt_and_what_was_written(case, dtype):
+    from opensloth.rollout.kernel import attend
+
+    rows, prompts, group, heads, size, longest, room, own = case
+    torch.manual_seed(0)
+    query = torch.randn(rows, group * heads, size, dtype=dtype)
+    key, value = (torch.randn(rows, heads, size, dtype=dtype) for _ in range(2))
+    keys, values = (torch.randn(rows + 2, heads, room, size, dtype=dtype) for _ in range(2))
+    of_prompts = [torch.randn(prompts + 1, heads, longest + 5, size, dtype=dtype) for _ in range(2)]
+    source, starts = torch.arange(rows + 2) % prompts, torch.randint(0, longest, (prompts + 1,))
+    before = keys.clone()
+    end, written = torch.tensor([longest]), torch.tensor([own])
+    out = attend(query, key, value, keys, values, *of_prompts, source, starts, end, written, size**-0.5)
+    assert torch.equal(keys[:rows, :, own], key)
+    assert torch.equal(values[:rows, :, own], value)
+    before[:rows, :, own] = key
+    assert torch.equal(keys, before), "only the new position is written"
+    for row in range(rows):
+        seen = slice(int(starts[source[row]]), longest)
+        k, v = (
+            torch.cat([shared[source[row], :, seen], mine[row, :, : own + 1]], 1).float().repeat_interleave(group, 0)
+            for shared, mine in zip(of_prompts, (keys, values), strict=True)
+        )
+        expected = ((query[row].float()[:, None] @ k.mT) * size**-0.5).softmax(-1) @ v
+        assert torch.allclose(out[row].float(), expected[:, 0], atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_a_decoder_with_it_writes_what_the_plain_loop_writes(arch):
+    model, decoder = policy(arch), GraphDecoder(SharedPrompts)
+    for count in (5, 3):
+        plain = generate(model, PROMPTS[:count], **settings(count, max_new=12))
+        ours = generate(model, PROMPTS[:count], write=decoder, **settings(count, max_new=12))
+        for one, other in zip(plain, ours, strict=True):
+            assert one.ids == other.ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_rows_that_have_ended_leave_and_longer_prompts_follow():
+    model, decoder = policy(), GraphDecoder(SharedPrompts)
+    prompts = PROMPTS[:4] * 4
+    for more in ([], [9] * 30):  # the second batch needs larger buffers
+        longer = [[*prompt, *more] for prompt in prompts]
+        how = settings(16, stops=[3, *range(40, 140)], max_new=2 * CHECK_EVERY)
+        plain = generate(model, longer, **how)
+        assert [one.ids for one in generate(model, longer, write=decoder, **how)] == [one.ids for one in plain]
+    assert decoder.buffers.count < decoder.buffers.rows
+
+
+def test_a_shared_prompt_is_counted_for_its_share():
+    config, card = policy().config, torch.device("cuda", 0)
+    assert positions_of_row(100, 50, 1 / 8, torch.device("cpu"), config) == 192 + 100 / 8
+    assert positions_of_row(100, 50, 1 / 8, card, config) == 50 + 2 * 100 / 8
+    assert why_not_shared(config, torch.device("cpu"))
+    assert not why_not_shared(config, card)
+    assert GraphDecoder(OwnRows).kind is OwnRows
