@@ -62,14 +62,14 @@ def wait_for(condition, process, what):
 
 
 @contextmanager
-def as_a_worker():
+def as_a_worker(device="cpu"):
     """This process as the only worker of a run: what a worker changes for itself is put back."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     environ = dict(os.environ)
-    os.environ["OPENSLOTH_DEVICE"] = "cpu"
+    os.environ["OPENSLOTH_DEVICE"] = device
     try:
         yield
     finally:

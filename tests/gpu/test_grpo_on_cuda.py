@@ -1,7 +1,6 @@
 """GRPO on a card: recorded decoding steps, the merged adapter, both engines, two processes on one card."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from grpo_fixtures import make_place
+from grpo_fixtures import make_place, metrics
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.sampling import Noise, Sampling
@@ -21,6 +20,8 @@ from training_fixtures import environment
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 10, 11, 12, 13], [9, 10, 11, 12, 13], [4] * (BUCKET + 6)]
 SECONDS = 300
+JOB = ("rows.jsonl", "--model", "model", "--chat-template", "reasoning", "--max-new", 12, "--prompts-per-step", 4)
+JOB += ("--group-size", 4, "--max-steps", 2, "--lr", 1e-3)
 
 
 def policy(arch="llama", dtype=torch.float32):
@@ -80,24 +81,20 @@ def test_the_base_comes_back_bit_for_bit():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def train(place, output, *more, model="model"):
-    """Run `os-train grpo` on the card. Returns the logs of its steps."""
-    command = [sys.executable, "-m", "opensloth.cli.train", "grpo", str(place / "rows.jsonl"), "--model"]
-    command += [str(place / model), "--chat-template", "reasoning", "--max-new", "12", "--prompts-per-step", "4"]
-    command += ["--group-size", "4", "--max-steps", "2", "--lr", "1e-3", "--output", output, *map(str, more)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+def train(place, output, *more):
+    """`os-train grpo` in processes of its own. Returns the logs of its steps."""
+    own = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "OPENSLOTH_CACHE": str(place / "cache")}
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "opensloth.cli.train", "grpo", *map(str, (*JOB, *more)), "--output", output],
         cwd=place,
-        env=environment(CUDA_VISIBLE_DEVICES=visible),
+        env=environment(**own),
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (place / output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "reward" in line]
+    return metrics(place / output)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +115,8 @@ def save_larger_heads(directory):
 
 
 @pytest.mark.parametrize("rollout", ["graph", "generate"])
-def test_native_trains_on_a_card(place, rollout):
-    steps = train(place, rollout, "--gpus", 1, "--rollout", rollout)
+def test_native_trains_on_a_card(place, rollout, train_here):
+    steps = train_here(place, "grpo", *JOB, "--engine", "native", "--rollout", rollout, "--output", rollout)
     assert len(steps) == 2
     assert all(step["logp_gap/mean"] < 0.05 for step in steps)
     weights = load_file(place / rollout / "adapter_model.safetensors")
@@ -131,7 +128,7 @@ def test_unsloth_trains_too(place):
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed")
     save_larger_heads(place / "larger")
-    steps = train(place, "unsloth", "--gpus", 1, "--engine", "unsloth", model="larger")
+    steps = train(place, "unsloth", "--gpus", 1, "--engine", "unsloth", "--model", "larger")
     assert len(steps) == 2
     assert all(step["logp_gap/mean"] < 0.05 for step in steps)  # padding that rows see would show here
 

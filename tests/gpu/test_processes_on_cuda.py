@@ -46,8 +46,7 @@ def test_two_processes_on_one_card_train_as_one_does(place, method):
 
 
 @two_cards
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize(("method", "dtype"), [("sft", "bfloat16"), ("grpo", "float32")])
 def test_over_nccl_all_cards_train_as_one_does(place, method, dtype):
     cards = torch.cuda.device_count()
     found, steps, result = verify(place, method, "--gpus", cards if 12 % cards == 0 else 2, "--dtype", dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_fixtures import metrics
 from opensloth.engine import attention
 from tiny import tiny_tokenizer
 from training_fixtures import begin, end, write_rows
@@ -99,19 +100,23 @@ def place(tmp_path_factory):
     return directory
 
 
-def train(place, output, *more):
-    """Run the command on the first visible card. Returns its losses."""
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    code, out = end(begin(place, *JOB, *more, "--output", output, CUDA_VISIBLE_DEVICES=mask))
-    assert code == 0, out
-    print(out)
-    lines = (place / output / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
-def native(place):
-    return train(place, "native", "--gpus", 1, "--engine", "native")
+def native(place, train_here):
+    return losses(train_here(place, "sft", *JOB, "--engine", "native", "--output", "native"))
+
+
+def losses(steps):
+    return [step["loss"] for step in steps]
+
+
+def by_unsloth(place, output, *more):
+    """The losses of a run with engine unsloth, in a process of its own: it replaces parts of the libraries."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    own = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "OPENSLOTH_CACHE": str(place / "cache")}
+    code, out = end(begin(place, *JOB, "--gpus", 1, "--engine", "unsloth", *more, "--output", output, **own))
+    assert code == 0, out
+    return losses(metrics(place / output))
 
 
 def check_adapter(run):
@@ -127,30 +132,26 @@ def test_native_trains_in_bfloat16_on_packs(place, native):
     assert "cuda" in json.loads((place / "native" / "job.json").read_text())["world"]["devices"][0]
 
 
-@pytest.mark.parametrize("engine", ["native", "unsloth"])
-def test_four_bit_trains(place, native, engine):
-    if engine == "unsloth" and importlib.util.find_spec("unsloth") is None:
-        pytest.skip("unsloth is not installed")
+def test_four_bit_trains(place, native, train_here):
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
-    losses = train(place, f"{engine}-4bit", "--gpus", 1, "--engine", engine, "--load-in-4bit")
-    assert losses == pytest.approx(native, abs=0.1)
-    check_adapter(place / f"{engine}-4bit")
+    found = train_here(place, "sft", *JOB, "--engine", "native", "--load-in-4bit", "--output", "native-4bit")
+    assert losses(found) == pytest.approx(native, abs=0.1)
+    check_adapter(place / "native-4bit")
+
+
+def test_checkpointing_changes_no_loss(place, native, train_here):
+    saving = ("--engine", "native", "--gradient-checkpointing", "full", "--output", "saving")
+    assert losses(train_here(place, "sft", *JOB, *saving)) == pytest.approx(native, abs=1e-2)
 
 
 def test_unsloth_trains_as_native_does(place, native):
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("unsloth is not installed")
-    losses = train(place, "unsloth", "--gpus", 1, "--engine", "unsloth")
-    assert losses == pytest.approx(native, abs=BFLOAT16)
+    assert by_unsloth(place, "unsloth") == pytest.approx(native, abs=BFLOAT16)
     check_adapter(place / "unsloth")
 
 
-def test_two_processes_that_share_a_card_train_as_one_does(place):
-    one = train(place, "one", "--gpus", 1, "--dtype", "float32")
-    two = train(place, "two", "--gpus", "0,0", "--dtype", "float32")
-    assert one == pytest.approx(two, abs=1e-4)
-
-
-def test_checkpointing_changes_no_loss(place, native):
-    assert train(place, "saving", "--gpus", 1, "--gradient-checkpointing", "full") == pytest.approx(native, abs=1e-2)
+def test_unsloth_trains_in_four_bit(place, native):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    assert by_unsloth(place, "unsloth-4bit", "--load-in-4bit") == pytest.approx(native, abs=0.1)
+    check_adapter(place / "unsloth-4bit")
