@@ -399,6 +399,15 @@ def test_a_dry_run_finds_the_mistakes_that_the_run_would_find(here, call, model)
     assert call(data.app, "rows.jsonl", "--model", model, "--map", "problem=question", "--dry-run")[0] == 2
 
 
+def test_a_dry_run_knows_the_layers_of_the_model(here, call, model):
+    job = ("sft", "rows.jsonl", "--model", model, "--processes", 1, "--lora-targets")
+    code, _, err = call(train.app, *job, "q_proj,w_proj", "--dry-run")
+    assert code == 2
+    assert "The model has no layer w_proj (--lora-targets)." in err
+    assert "q_proj" in err.split("Its linear layers: ")[1]
+    assert call(train.app, *job, "q_proj,v_proj", "--dry-run")[0] == 0
+
+
 def test_a_dry_run_fetches_nothing_from_a_hub(here, call, model, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -283,6 +283,11 @@ def test_a_dry_run_shows_the_batch_the_rewards_the_context_and_the_reference(cal
     assert sorted(path.name for path in here.iterdir()) == before
 
 
+def test_a_dry_run_knows_the_layers_of_the_model(call):
+    said = refused(*call(grpo.app, "d", "--processes", 1, "--lora-targets", "q_proj,w_proj", "--dry-run"))
+    assert "The model has no layer w_proj (--lora-targets)." in said
+
+
 def test_a_dry_run_of_the_one_command_estimates_the_same(call, here):
     command = (
         "rows.jsonl",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from opensloth import log
 from opensloth.cli.dry_run_data import Figures, judge, size
-from opensloth.cli.model_facts import config_of, local_model
+from opensloth.cli.model_facts import config_of, local_model, without_weights
 from opensloth.cli.options import Request
 from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
-from opensloth.config.run import SftOptions, TrainOptions
+from opensloth.config.run import SEVEN_LINEARS, SftOptions, TrainOptions
 from opensloth.launch.world import speaks
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def processes_figures(job: TrainOptions, processes: int) -> Figures:
 def memory_figures(
     job: TrainOptions, spec: str, revision: str | None, world: "World", longest: int | None = None
 ) -> Figures:
-    """Memory of one process and disk of the run, from the sizes in the model's config."""
+    """Memory of one process and disk of the run, from the sizes in the model's config.
+
+    Raises UserError where the model lacks a layer of --lora-targets.
+    """
     model = local_model(spec, revision)
     if isinstance(model, str):
         return {"memory": f"not estimated: {model}"}
@@ -98,7 +101,12 @@ def memory_figures(
 
     device = torch.device(world.devices[0])
     dtype = getattr(torch, choose.dtype(job, device).value)
-    config = config_of(model, bool(getattr(job, "trust_remote_code", False)))
+    trusted = bool(getattr(job, "trust_remote_code", False))
+    config = config_of(model, trusted)
+    if job.lora_targets != SEVEN_LINEARS and model.adapter is None and not job.full_finetuning:
+        from opensloth.engine import lora
+
+        lora.targets(without_weights(config, trusted), job.lora_targets)
     need = memory.estimate(config, job, dtype.itemsize)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":

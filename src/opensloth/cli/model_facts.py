@@ -22,6 +22,18 @@ def config_of(ref: "ModelRef", trust_remote_code: bool = False) -> Any:
         raise UserError(f"{ref.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
+def without_weights(config: Any, trust_remote_code: bool = False) -> Any:
+    """A model of this config that takes no memory. Raises UserError where it cannot be built."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # no language model, or one with code of its own
+        raise UserError(f"This model cannot be built: {str(error).strip().splitlines()[0]}") from error
+
+
 def context_length(config: Any) -> int | None:
     """Positions that the model knows, in tokens; None where its config names none."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
