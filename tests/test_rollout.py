@@ -208,6 +208,13 @@ def test_a_row_without_numbers_has_no_log_probability(sampling):
     assert (chosen < 700).all()
 
 
+def test_greedy_takes_the_first_of_several_that_are_likeliest():
+    rows = torch.randn(20, 151_936, generator=torch.Generator().manual_seed(0)).bfloat16().clamp(max=3)
+    chosen, logprobs = choose(rows, GREEDY, None)
+    assert torch.equal(chosen, torch.from_numpy(rows.float().numpy().argmax(-1)))
+    torch.testing.assert_close(logprobs, rows.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+
+
 def test_16_bit_logits_are_computed_in_fp32():
     rows = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     numbers = torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=torch.float64)

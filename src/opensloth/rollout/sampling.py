@@ -79,14 +79,13 @@ def choose(
         whole vocabulary, whatever the filters left out: this is what the trainer computes. Greedy: temperature 1.
     """
     temperature = 1.0 if sampling.greedy else sampling.temperature
-    peak = logits.amax(-1, keepdim=True).float()
+    most, chosen = logits.max(-1, keepdim=True)  # the first of several, as argmax
+    peak = most.float()
     weights = exponentials(logits, peak, temperature)
     sums = weights.sum(-1)
-    if sampling.greedy:
-        chosen = logits.argmax(-1, keepdim=True)
-    elif uniforms is None:
-        raise ValueError("sampling needs a random number for each row")
-    else:
+    if not sampling.greedy:
+        if uniforms is None:
+            raise ValueError("sampling needs a random number for each row")
         numbers = uniforms.to(logits.device, torch.float64)[:, None]
         chosen = draw(weights, sums, numbers) if sampling.whole else draw_filtered(weights, sampling, numbers)
     above = (logits.gather(-1, chosen).float() - peak) / temperature
