@@ -1,9 +1,8 @@
 """Where the time of a step goes: `python benchmarks/profiled.py sft|grpo DIR [options of os-sft or os-grpo]`.
 
 The command itself, with one difference: its worker runs torch's profiler from the end of step FROM to the end of step
-TO, and leaves two files in the run directory. `profile.txt` has the seconds of those steps, how long the card was busy
-in them, and its kernels by their share; `trace.json.gz` all of them in time (chrome://tracing, perfetto). Steps are
-optimizer steps, with one to a batch.
+TO, and leaves `profile.txt` in the run directory: the seconds of those steps, how long the card was busy in them, and
+its kernels by their share. Steps are optimizer steps, with one to a batch.
 """
 
 import os
@@ -65,7 +64,6 @@ class Window:
             seconds = time.monotonic() - self.begin
             self.profiler.stop()
             self.path.write_text(told(self.profiler, seconds))
-            self.profiler.export_chrome_trace(str(self.path.with_name("trace.json.gz")))
 
 
 def told(profiler: Any, seconds: float) -> str:

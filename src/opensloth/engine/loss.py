@@ -70,7 +70,7 @@ def loss_and_slopes(
         return total, None
     # the one of the target apart from the others, in fp32, so that these are never touched twice
     of_right = before_cap(right.exp() - 1, logits.gather(1, at), cap)
-    found = before_cap(logps.exp(), logits, cap).to(raw.dtype)
+    found = before_cap(logps.exp_(), logits, cap).to(raw.dtype)  # in place: a chunk is large
     return total, found.scatter_(1, at, of_right.to(raw.dtype))
 
 

@@ -216,5 +216,5 @@ def slopes_of(
     factor = upstream[:, None] / temperature
     chances = (logits / temperature).softmax(-1)
     of_chosen = before_cap((1 - chances.gather(1, at)) * factor, logits.gather(1, at), cap)
-    found = before_cap(chances * -factor, logits, cap).to(raw.dtype)
+    found = before_cap(chances.mul_(-factor), logits, cap).to(raw.dtype)  # in place: a chunk is large
     return found.scatter_(1, at, of_chosen.to(raw.dtype))

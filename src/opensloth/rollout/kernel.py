@@ -17,9 +17,11 @@ from transformers import AttentionInterface
 
 # no mask is registered under it: transformers then builds none
 NAME = "opensloth_shared"
-BLOCK = 64  # positions that are read at once
+BLOCK = 64  # positions that are read at once, at most
+BLOCK_BYTES = 16_384  # of their keys, and of their values
 WARPS, STAGES = 4, 3
-LEAST = 16  # rows of a matmul on a tensor core
+LEAST = 16  # of each side of a matmul on a tensor core
+LOG2_E = 1.4426950408889634  # the card raises 2 to a power
 
 
 def shared(
@@ -76,14 +78,15 @@ def attend(
     rows, heads, size = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(rows, heads, size)
+    size_block = max(triton.next_power_of_2(size), LEAST)
     _attend[(rows * key.shape[1],)](
         query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out,
-        scaling, rows,
+        scaling * LOG2_E, rows,
         *(stride for x in (query, key, value) for stride in x.stride()[:2]),
         *keys.stride()[:3], *prompt_keys.stride()[:3],
         HEADS=heads, GROUP=heads // key.shape[1], SIZE=size,
-        GROUP_BLOCK=max(triton.next_power_of_2(heads // key.shape[1]), LEAST), SIZE_BLOCK=triton.next_power_of_2(size),
-        BLOCK=BLOCK, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        GROUP_BLOCK=max(triton.next_power_of_2(heads // key.shape[1]), LEAST), SIZE_BLOCK=size_block,
+        BLOCK=max(min(BLOCK, BLOCK_BYTES // (size_block * query.element_size())), LEAST), PRECISION="ieee",
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -105,8 +108,8 @@ def _more(
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scaling
         score = tl.where(there[None, :], score, -float("inf"))
         new_most = tl.maximum(most, tl.max(score, 1))
-        weight = tl.exp(score - new_most[:, None])
-        shrink = tl.exp(most - new_most)
+        weight = tl.exp2(score - new_most[:, None])
+        shrink = tl.exp2(most - new_most)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(values + place, mask=inside, other=0.0)
         found = found * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
@@ -133,7 +136,7 @@ def _attend(
     )
     new_key = tl.load(key + row * key_row + head * key_head + column, mask=wide, other=0.0)
     new_value = tl.load(value + row * value_row + head * value_head + column, mask=wide, other=0.0)
-    count = tl.load(own)
+    count = tl.load(own).to(tl.int32)
     here = row * keys_row + head * keys_head
     tl.store(keys + here + count * keys_position + column, new_key, mask=wide)
     tl.store(values + here + count * keys_position + column, new_value, mask=wide)
@@ -145,7 +148,7 @@ def _attend(
     there = prompt * prompt_row + head * prompt_head
     most, total, found = _more(
         q, most, total, found, prompt_keys + there, prompt_values + there,
-        tl.load(starts + prompt), tl.load(prompts_end), prompt_position, scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+        tl.load(starts + prompt).to(tl.int32), tl.load(prompts_end).to(tl.int32), prompt_position, scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
     )  # fmt: skip
     most, total, found = _more(
         q, most, total, found, keys + here, values + here, 0, count, keys_position, scaling,
