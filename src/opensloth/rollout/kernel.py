@@ -148,7 +148,8 @@ def _attend(
     there = prompt * prompt_row + head * prompt_head
     most, total, found = _more(
         q, most, total, found, prompt_keys + there, prompt_values + there,
-        tl.load(starts + prompt).to(tl.int32), tl.load(prompts_end).to(tl.int32), prompt_position, scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+        tl.load(starts + prompt).to(tl.int32), tl.load(prompts_end).to(tl.int32), prompt_position,
+        scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
     )  # fmt: skip
     most, total, found = _more(
         q, most, total, found, keys + here, values + here, 0, count, keys_position, scaling,
