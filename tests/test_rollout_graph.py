@@ -108,14 +108,16 @@ def test_greedy_and_cut_completions_are_the_same_too() -> None:
     assert [one.ids for one in plain] == [one.ids for one in fixed]
 
 
-def test_the_weights_come_back_bit_for_bit_and_where_they_lay() -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_weights_come_back_bit_for_bit_and_where_they_lay(monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
+    monkeypatch.setattr("opensloth.rollout.merge.folds", lambda layer: beside)
     model = policy().to(torch.bfloat16)
     before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict().items()}
     merge = Merge()
     for _ in range(2):
         with merge(model):
             changed = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n][0])]
-            assert changed
+            assert (changed == []) == beside
             assert all("base_layer" in name for name in changed)
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name][0])
@@ -129,6 +131,33 @@ def test_the_weights_come_back_after_an_error() -> None:
         raise RuntimeError
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(layer.merged for layer in adapted(model).values())
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi", "phi3"])  # qwen2 has biases, phi and phi3 other layers
+def test_merged_beside_or_in_place_it_computes_the_same(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    model = tiny.tiny_model(tiny.tiny_tokenizer(), arch)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, config)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        for beside in (True, False):
+            monkeypatch.setattr("opensloth.rollout.merge.folds", lambda layer, beside=beside: beside)
+            with Merge()(model):
+                assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+        assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_layers_that_read_the_same_input_are_one_matmul() -> None:
+    model = policy()
+    merge = Merge()
+    with merge(model):
+        sizes = [len(group.layers) for group in merge.fused]
+    assert sizes == [2, 1] * (len(sizes) // 2), "q_proj with v_proj, and down_proj"
 
 
 def test_a_model_without_an_adapter_is_left_alone() -> None:

@@ -110,12 +110,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 def attention_by(policy: torch.nn.Module, name: str) -> Iterator[None]:
     """The model with another attention, by its name in transformers."""
     base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    before = base.config._attn_implementation
-    base.set_attn_implementation(name)
+    config = base.config  # of all its layers: set_attn_implementation would look through them, which takes milliseconds
+    before, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        config._attn_implementation = before
 
 
 class Laid(NamedTuple):

@@ -1,24 +1,33 @@
-"""The adapter merged into the base for the time of a rollout, and the base put back bit for bit.
+"""The adapter merged into the base for the time of a rollout, and the base as it was afterwards, bit for bit.
 
 A decoding step of many small layers waits for the launch of kernels, and an unmerged adapter doubles their number.
-PEFT's own way back, subtracting the adapter again, changes 15 % of bfloat16 weights: the frozen base would drift.
+Where memory allows, merged weights lie beside the base, which is then never touched, and layers that read the same
+input are one matmul. Else the base itself is merged and put back from a copy in the machine's memory: PEFT's own way
+back, subtracting the adapter again, changes 15 % of bfloat16 weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
-SHARE = 0.25  # of a card's free memory that the copy of the base may take; beyond it lies in the machine's memory
+from opensloth.engine.lora_layer import is_plain
+
+SHARE = 0.25  # of a card's free memory that merged weights may take
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of a module that read the same input
 
 
 class Merge:
-    """Merges and restores. Keeps one copy of the adapted layers' weights; addresses never change."""
+    """Merges for a while. Keeps its copy of the adapted layers; addresses never change."""
 
     def __init__(self) -> None:
+        self.layers: dict[str, Any] = {}
+        self.fused: list[Fused] = []
         self.saved: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -29,27 +38,104 @@ class Merge:
             yield
             return
         self.save(layers)
-        model: Any = policy
-        try:
-            model.merge_adapter()
+        with merged_beside(self.fused) if self.fused else merged_in_place(policy, layers, self.saved):
             yield
-        finally:
-            for name, layer in layers.items():
-                layer.get_base_layer().weight.data.copy_(self.saved[name])
-                layer.merged_adapters.clear()
 
     def save(self, layers: dict[str, Any]) -> None:
-        """Copy the weights once: nothing trains them."""
-        if self.saved.keys() == layers.keys():
+        """Take the memory that it needs, once."""
+        if self.layers.keys() == layers.keys():
             return
         weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
-        first = next(iter(weights.values()))
-        here = first.device
-        if here.type == "cuda":
-            size = sum(weight.nbytes for weight in weights.values())
-            if size > SHARE * torch.cuda.mem_get_info(here)[0]:
-                here = torch.device("cpu")
-        self.saved = {name: weight.to(here, copy=True) for name, weight in weights.items()}
+        here = next(iter(weights.values())).device
+        size = sum(weight.nbytes for weight in weights.values())
+        fits = here.type != "cuda" or size <= SHARE * torch.cuda.mem_get_info(here)[0]
+        if fits and all(map(folds, layers.values())):
+            self.fused = [Fused(group) for group in grouped(layers)]
+        else:
+            self.saved = {name: weight.to(here if fits else "cpu", copy=True) for name, weight in weights.items()}
+        self.layers = layers
+
+
+class Fused:
+    """Layers that read the same input, as one matrix with their adapters in it."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.bases: list[nn.Linear] = [layer.get_base_layer() for layer in layers]
+        self.sizes = [base.out_features for base in self.bases]
+        self.weight = torch.cat([base.weight.data for base in self.bases])
+        zeros = [base.weight.new_zeros(base.out_features) for base in self.bases]
+        biases = [zero if base.bias is None else base.bias.data for base, zero in zip(self.bases, zeros, strict=True)]
+        self.bias = torch.cat(biases) if any(base.bias is not None for base in self.bases) else None
+        self.input: torch.Tensor | None = None
+        self.parts: Sequence[torch.Tensor] = ()
+        self.taken = 0
+
+    def refresh(self) -> None:
+        """Fold the adapters in as they are now. The factors are rounded to the base's type, as in training."""
+        for layer, base, part in zip(self.layers, self.bases, torch.split(self.weight, self.sizes), strict=True):
+            name = layer.active_adapters[0]
+            b, a = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
+            part.copy_(base.weight.data)
+            part.addmm_(b.to(part.dtype), a.to(part.dtype), alpha=layer.scaling[name])
+
+    def forward_of(self, member: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A forward for one of the layers. The first that is asked computes for all."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if self.input is not x:
+                self.input, self.taken = x, 0
+                self.parts = torch.split(F.linear(x, self.weight, self.bias), self.sizes, -1)
+            part = self.parts[member]
+            self.taken += 1
+            if self.taken == len(self.sizes):
+                self.input, self.parts = None, ()
+            return part
+
+        return forward
+
+
+@contextmanager
+def merged_beside(fused: Sequence[Fused]) -> Iterator[None]:
+    try:
+        for group in fused:
+            group.refresh()
+            for member, layer in enumerate(group.layers):
+                layer.forward = group.forward_of(member)  # of the instance: it goes before the class's method
+        yield
+    finally:
+        for group in fused:
+            group.input, group.parts = None, ()
+            for layer in group.layers:
+                vars(layer).pop("forward", None)
+
+
+@contextmanager
+def merged_in_place(policy: Any, layers: dict[str, Any], saved: dict[str, torch.Tensor]) -> Iterator[None]:
+    try:
+        policy.merge_adapter()
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.get_base_layer().weight.data.copy_(saved[name])
+            layer.merged_adapters.clear()
+
+
+def folds(layer: Any) -> bool:
+    """Whether a layer with its adapter is one matrix and nothing else."""
+    names = layer.active_adapters
+    return type(layer.get_base_layer()) is nn.Linear and len(names) == 1 and is_plain(layer, names[0])
+
+
+def grouped(layers: dict[str, Any]) -> list[list[Any]]:
+    """The layers, those beside each other that read the same input."""
+    groups: dict[tuple[str, Any], list[Any]] = {}
+    order = {name: place for names in SIBLINGS for place, name in enumerate(names)}
+    for path in sorted(layers, key=lambda path: order.get(path.rpartition(".")[2], 0)):
+        parent, _, name = path.rpartition(".")
+        kind = next((names for names in SIBLINGS if name in names), name)
+        groups.setdefault((parent, kind), []).append(layers[path])
+    return list(groups.values())
 
 
 def adapted(policy: torch.nn.Module) -> dict[str, Any]:
