@@ -61,7 +61,13 @@ class Plan:
 STEP, LARGE, MANY = Size(64, 128, (64,)), Size(256, 256, (64, 32), steps=6), Size(1024, 256, (32,))
 FULL = Plan(
     "qwen3-0.6b",
-    ours=((STEP, "graph"), (LARGE, "graph"), (STEP, "generate")),
+    ours=(
+        (STEP, "graph"),
+        (LARGE, "graph"),
+        (STEP, "graph, compiled"),
+        (LARGE, "graph, compiled"),
+        (STEP, "generate"),
+    ),
     rollouts=((LARGE, "graph"), (MANY, "graph"), (STEP, "graph"), (LARGE, "generate")),
     prompts=512,
     peers=(
@@ -156,7 +162,9 @@ def ours(data: Data, size: Size, setting: str) -> Job:
     measured = point(data, size, "opensloth", setting, "step", {})
     run = data.work / "runs" / series.as_file(measured.name)
     command = [*(sys.executable, "-m", "opensloth.cli.grpo", str(data.directory), "--model", str(data.model))]
-    command += ["--output", str(run), "--force", "--rollout", setting, "--rewards", f"{REWARD}:spread"]
+    rollout, _, compiled = setting.partition(", ")
+    command += ["--output", str(run), "--force", "--rollout", rollout, "--rewards", f"{REWARD}:spread"]
+    command += ["--compile", "on" if compiled else "off"]
     command += ["--prompts-per-step", str(size.completions // size.group), "--group-size", str(size.group)]
     command += ["--max-new", str(size.new), "--max-steps", str(size.steps), "--print-samples-every", "0"]
     return Job(

@@ -188,7 +188,8 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     habits = [(module, module.generation_config) for module in modules if "generation_config" in vars(module)]
     implementation, cached = base.config._attn_implementation, base.config.use_cache
     try:
-        policy.eval()
+        for module in modules:  # as eval() does, which takes ten milliseconds
+            vars(module)["training"] = False
         for module in recomputing:
             module.gradient_checkpointing = False
         for module, _ in habits:
@@ -207,4 +208,4 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         for module in recomputing:
             module.gradient_checkpointing = True
         for module, was in training:
-            module.training = was
+            vars(module)["training"] = was
