@@ -50,6 +50,14 @@ def test_smaller_and_larger_batches_follow_in_the_same_buffers() -> None:
         assert [one.ids for one in plain] == [one.ids for one in fixed]
 
 
+def test_prompts_that_are_a_little_longer_keep_the_buffers_and_their_recordings() -> None:
+    model, decoder = policy(), GraphDecoder()
+    generate(model, [[5] * 20, [6] * 3], write=decoder, **settings(2))
+    before = decoder.buffers
+    generate(model, [[5] * 25, [6] * 3], write=decoder, **settings(2))
+    assert decoder.buffers is before
+
+
 def test_a_batch_of_shorter_completions_follows_in_the_same_buffers() -> None:
     model, decoder = policy(), GraphDecoder()
     for longest in (40, 9):

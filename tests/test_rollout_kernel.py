@@ -73,7 +73,7 @@ def test_rows_that_have_ended_leave_and_longer_prompts_follow():
 def test_a_shared_prompt_is_counted_for_its_share():
     config, card = policy().config, torch.device("cuda", 0)
     assert positions_of_row(100, 50, 1 / 8, torch.device("cpu"), config) == 192 + 100 / 8
-    assert positions_of_row(100, 50, 1 / 8, card, config) == 50 + 2 * 100 / 8
+    assert positions_of_row(100, 50, 1 / 8, card, config) == 50 + (128 + 100) / 8
     assert why_not_shared(config, torch.device("cpu"))
     assert not why_not_shared(config, card)
     assert GraphDecoder(OwnRows).kind is OwnRows

@@ -80,7 +80,7 @@ def generate(
     with as_policy(model) as policy:
         device = next(policy.parameters()).device
         longest = max(map(len, prompts)) + max_new if prompts else 1
-        size = batch or at_once(getattr(policy, "config", None), device, longest)
+        size = batch or at_once(policy, device, longest)
         complete = write or writer_for(policy, longest)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -98,7 +98,7 @@ def writer_for(policy: torch.nn.Module, longest: int) -> Write:
     return by_transformers if why_not(policy, longest) else decode
 
 
-def at_once(config: Any, device: torch.device, length: int) -> int:
+def at_once(policy: Any, device: torch.device, length: int) -> int:
     """Completions that are made at once. On a card as many as SHARE of its free memory holds, by room.fitting.
 
     A decoding step takes nearly the same time for ten rows and for a thousand there.
@@ -108,8 +108,8 @@ def at_once(config: Any, device: torch.device, length: int) -> int:
     """
     if device.type != "cuda":
         return ON_CPU
-    # twice the positions, while a batch shrinks
-    return fitting(bytes_of_row(config, 2 * length, 2), (free_bytes(device) or 0) * SHARE)
+    row = bytes_of_row(policy.config, 2 * length, policy.dtype.itemsize)  # twice the positions, while a batch shrinks
+    return fitting(row, (free_bytes(device) or 0) * SHARE)
 
 
 def bytes_of_row(config: Any, positions: float, itemsize: int) -> int:

@@ -24,7 +24,7 @@ from opensloth.rollout import grouped
 from opensloth.rollout.decode import Halt, attention_by, go_on, lay_out, never, step
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
-from opensloth.rollout.store import Make, OwnRows, SharedPrompts, Store, why_not_shared
+from opensloth.rollout.store import Make, OwnRows, SharedPrompts, Store, bucket, why_not_shared
 
 CHECK_EVERY = 8  # steps between two looks at whether all completions have ended: each waits for the card
 WARM_UP = 2  # steps made plainly before one is recorded: libraries choose and load their kernels in them
@@ -188,14 +188,15 @@ class GraphDecoder:
         device: torch.device,
     ) -> Buffers:
         """Buffers that are large enough; the old ones, and their recordings, where they are."""
-        needed = (prompts, rows, longest, new)
+        # in whole buckets: each prompt that is a little longer than all before would cost the recordings
+        needed = (prompts, rows, bucket(longest), new)
         old = self.buffers
         if old is not None:
             store = old.store
             there = (store.prompts, store.rows, store.longest, store.new)
             if all(had >= wanted for had, wanted in zip(there, needed, strict=True)):
                 return old
-            needed = (max(there[0], prompts), max(there[1], rows), max(there[2], longest), max(there[3], new))
+            needed = (max(there[0], prompts), max(there[1], rows), max(there[2], needed[2]), max(there[3], new))
             del store
         config: Any = policy.config
         kind: Make = self.kind or (OwnRows if why_not_shared(config, device) else SharedPrompts)

@@ -32,7 +32,7 @@ def shared(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     buffers: Any = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it, with one new position a row.
 
@@ -41,7 +41,13 @@ def shared(
         buffers: the `rollout.store.SharedPrompts` that holds all other keys and values.
     Returns:
         (rows, 1, heads, size), None.
+    Raises:
+        ValueError: a model that does not hand `buffers` on to its attention, or adds a bias to its scores.
     """
+    if buffers is None or attention_mask is not None or more.get("position_bias") is not None:
+        raise ValueError(
+            "attention over shared prompts needs their buffers, and no mask or bias; --rollout generate does"
+        )
     layer = buffers.layers[module.layer_idx]
     out = attend(
         query[:, :, 0], key[:, :, 0], value[:, :, 0], layer.keys, layer.values, layer.prompt_keys, layer.prompt_values,

@@ -17,6 +17,7 @@ from opensloth.rollout import grouped
 
 BUCKET = 64  # positions of the cache; attention costs what the bucket holds
 LARGEST_HEAD = 256
+OLDEST = (8, 0)  # compute capability
 
 
 class Store(Protocol):
@@ -157,6 +158,7 @@ class SharedPrompts:
         source: (rows,) the prompt of each row.
         starts, end: prompt i is at positions `starts[i]` to `end` (1,) of its buffer.
         own: (1,) positions that were written.
+        padded: `end`, as the host knows it.
     """
 
     def __init__(self, like: Cache, prompts: int, rows: int, longest: int, new: int, device: torch.device) -> None:
@@ -168,6 +170,7 @@ class SharedPrompts:
         self.cache = Cache(layers=self.layers)
         self.source = torch.zeros(rows, dtype=torch.long, device=device)
         self.starts = torch.zeros(prompts, dtype=torch.long, device=device)
+        self.padded = 0
         self.end, self.own = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
 
     def begin(self, cache: Cache, mask: torch.Tensor, source: torch.Tensor) -> None:
@@ -178,6 +181,7 @@ class SharedPrompts:
         self.starts[:count] = longest - mask.sum(1)
         self.source.zero_()
         self.source[: len(source)] = source
+        self.padded = longest
         self.end.fill_(longest)
         self.own.zero_()
 
@@ -191,9 +195,10 @@ class SharedPrompts:
         self.own.add_(1)
 
     def move(self, rows: torch.Tensor, positions: int) -> None:
+        own = positions - self.padded
         for layer in self.layers:
             for mine in (layer.keys, layer.values):
-                mine[: len(rows)] = mine[rows]
+                mine[: len(rows), :, :own] = mine[rows, :, :own]
         self.source[: len(rows)] = self.source[rows]
 
 
@@ -203,6 +208,8 @@ def why_not_shared(config: PretrainedConfig, device: torch.device) -> str:
         return "the kernel runs on CUDA alone"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
+        return "the card is older than the kernel's matrix products"
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return "" if size <= LARGEST_HEAD else f"its heads have {size} numbers, more than {LARGEST_HEAD}"
@@ -216,8 +223,8 @@ def positions_of_row(prompt: int, new: int, share: float, device: torch.device, 
         share: distinct prompts for each completion.
     """
     if why_not_shared(config, device):
-        return bucket(prompt + new) + share * prompt
-    return new + 2 * share * prompt
+        return bucket(bucket(prompt) + new) + share * prompt
+    return new + share * (bucket(prompt) + prompt)
 
 
 def bucket(length: int) -> int:
