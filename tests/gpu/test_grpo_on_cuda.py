@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from decode_kernel_fixtures import hold_to_reference
 from grpo_fixtures import make_place, metrics
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.sampling import Noise, Sampling
-from opensloth.rollout.store import BUCKET
+from opensloth.rollout.store import BUCKET, OwnRows, SharedPrompts
 from tiny import tiny_model, tiny_tokenizer
 from training_fixtures import environment
 
@@ -36,9 +37,17 @@ def asked(count, **changed):
     return {"stops": [3], "pad": 0, "max_new": 40, "sampling": Sampling(), "noise": noise, **changed}
 
 
+@pytest.mark.parametrize(("groups", "size"), [(1, 8), (2, 128), (4, 64), (7, 80), (4, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernel_is_attention_over_prompt_and_own_keys(groups, size, dtype):
+    for at in (0, 64, 70):
+        hold_to_reference(groups, size, dtype, at, "cuda")
+
+
+@pytest.mark.parametrize("kind", [SharedPrompts, OwnRows])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
-def test_recorded_steps_write_what_the_plain_loop_writes(arch):
-    model, decoder = policy(arch), GraphDecoder()
+def test_recorded_steps_write_what_the_plain_loop_writes(arch, kind):
+    model, decoder = policy(arch), GraphDecoder(kind)
     for count in (5, 3, 5):  # the second and third time from the recordings
         plain = generate(model, PROMPTS[:count], **asked(count))
         recorded = generate(model, PROMPTS[:count], write=decoder, **asked(count))
@@ -59,6 +68,13 @@ def test_rows_that_have_ended_leave_the_recordings():
         for one, other in zip(plain, recorded, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     assert len({rows for rows, _, _ in decoder.buffers.graphs}) > 2
+
+
+def test_one_recording_serves_all_lengths_and_the_batches_that_follow():
+    model, decoder = policy(), GraphDecoder(SharedPrompts)
+    for _ in range(2):
+        generate(model, PROMPTS, write=decoder, **asked(5, stops=[], max_new=150))
+        assert len(decoder.buffers.graphs) == 1
 
 
 def test_recordings_follow_the_weights():
