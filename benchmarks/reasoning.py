@@ -38,13 +38,13 @@ GRPO = {
     "group-size": 16,
     "max-new": 64,
     "samples": 20000,
-    "max-steps": 120,
+    "max-steps": 100,
     "lr": 2e-4,
     "pack-tokens": 12288,
     "save-steps": 20,
     "save-total-limit": 50,
 }
-TRL_STEPS = 40  # TRL's steps take so long that it is compared with our run after as many of them
+TRL_STEPS = 20  # TRL's steps take so long that it is compared with our run after as many of them
 GRPO_DATA = {
     "prompts-per-step": 16,
     "group-size": 16,
@@ -61,7 +61,7 @@ SFT_DATA = {
     "lr-scheduler": "cosine",
 }
 ALL_SEEDS = "grpo, mean of the seeds - sft"
-AT_ONCE = 6  # models that are evaluated beside each other
+AT_ONCE = 8  # models that are evaluated beside each other
 
 
 def main() -> None:

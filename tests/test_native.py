@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef, resolve_model
-from opensloth.engine import attention, choose, native
+from opensloth.engine import attention, choose, memory, native
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
@@ -155,3 +155,25 @@ def test_the_kernel_is_not_asked_for_what_it_cannot(monkeypatch):
 def test_a_newer_card_computes_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert choose.dtype(SftJob(data=Path("data")), torch.device("cuda", 0)).value == "bfloat16"
+
+
+def test_long_runs_on_a_card_are_compiled_by_themselves():
+    card, tokens = torch.device("cuda", 0), choose.WORTH_COMPILING
+    for options, device, packs, length, expected in (
+        ({}, card, True, tokens, "on"),
+        ({}, card, True, tokens - 1, "off"),
+        ({}, card, False, tokens, "off"),
+        ({}, torch.device("cpu"), True, tokens, "off"),
+        ({"compile": "off"}, card, True, tokens, "off"),
+        ({"compile": "on"}, torch.device("cpu"), True, 1, "on"),
+    ):
+        chosen = choose.compilation(SftJob(data=Path("data"), **options), device, packs, length)
+        assert (chosen.value, bool(chosen.why)) == (expected, True)
+
+
+@pytest.mark.parametrize("step", [1_000, 33_000, 66_500, 130_000])
+def test_a_step_is_a_whole_number_of_packs_where_memory_is_no_matter(step):
+    tokens = memory.most_tokens(step)
+    packs = -(-step // tokens)
+    assert packs == max(round(step / memory.MOST_TOKENS), 1)
+    assert step <= packs * tokens <= step * memory.MARGIN + packs * 256
