@@ -230,3 +230,31 @@ def test_gradient_checkpointing_changes_no_gradient():
     model.enable_input_require_grads()
     _, found = outcome(model.train())
     assert all(torch.allclose(found[name], gradient, atol=SAME) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])  # qwen2 has biases
+def test_compiled_it_computes_the_same_and_copies_nothing_to_add_to_it(arch):
+    """`addmm(out, ...)`, which a compiler makes of an addition in place, copies `out` first."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = set()
+
+    def collect(graph, _):
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = ours(arch)
+    layer = next(layer for layer in layers(model) if isinstance(layer, LoraLinear))
+    x = torch.randn(2, 7, layer.in_features, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer, backend=aot_autograd(fw_compiler=collect), fullgraph=True)):
+        out = run(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *trained(layer)])])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=SAME, rtol=1e-5)
+    assert "opensloth.linear_plus.default" in seen
+    assert not any("addmm" in name for name in seen)
+
+
+def trained(layer):
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]

@@ -59,7 +59,7 @@ class Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = rows @ a.T
-        out = F.linear(rows, weight, bias).addmm_(low, b.T, alpha=scaling)
+        out = linear_plus(rows, weight, bias, low, b, scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
         return out.view(*x.shape[:-1], -1)
@@ -71,7 +71,7 @@ class Adapted(torch.autograd.Function):
         slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[3:5])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (out @ weight).addmm_(slopes, a).view(*upstream[0].shape[:-1], -1)
+            to_x = linear_plus(out, weight.T, None, slopes, a.T, 1.0).view(*upstream[0].shape[:-1], -1)
         return to_x, None, None, to_a, to_b, None
 
 
@@ -108,6 +108,48 @@ def of_adapter(
     to_a = (slopes.T @ rows).float() if needs[0] else None
     to_b = (out.T @ low).mul_(ctx.scaling).float() if needs[1] else None
     return slopes, to_a, to_b
+
+
+def linear_plus(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """x (tokens, in) W' + bias + s low (tokens, rank) up': what the second matmul adds, it adds in place.
+
+    The compiler makes everything functional, and would copy all activations before each such sum: for it this is one
+    operator that it does not look into.
+    """
+    if torch.compiler.is_compiling():
+        found: torch.Tensor = linear_plus_whole(x, weight, bias, low, up, scaling)
+        return found
+    return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
+
+
+@torch.library.custom_op(
+    "opensloth::linear_plus",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor up, float scaling) -> Tensor",
+)
+def linear_plus_whole(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
+
+
+@linear_plus_whole.register_fake
+def shape_of_linear_plus(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, low: torch.Tensor, up: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
