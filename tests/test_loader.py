@@ -129,6 +129,31 @@ def test_packs_of_one_shape_have_the_loss_of_packs_as_they_come(prepared, model)
     assert filled.batcher.filling(shape, shape.tokens) == filled.batcher.filling(shape, shape.tokens + 1) == []
 
 
+def test_the_step_that_follows_is_made_while_one_trains(prepared, monkeypatch):
+    steps, made = steps_of(prepared), []
+    make = Steps.make
+    monkeypatch.setattr(Steps, "make", lambda self, number: made.append(number) or make(self, number))
+    for number in (1, 2, 0):  # a run that goes on begins in the middle
+        assert steps[number]["number"] == number
+    steps.maker.shutdown()
+    assert sorted(made) == [0, 1, 1, 2, 3]
+
+
+def test_a_fault_in_the_making_of_a_step_is_raised_where_it_is_asked_for(prepared, monkeypatch):
+    steps = steps_of(prepared)
+    make = Steps.make
+
+    def fail(self, number):
+        if number == 1:
+            raise OSError("the disk is gone")
+        return make(self, number)
+
+    monkeypatch.setattr(Steps, "make", fail)
+    assert steps[0]["number"] == 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        steps[1]
+
+
 def test_the_predictors_of_a_pack_stand_before_its_trained_tokens(prepared):
     pack = Batcher(prepared, True, pad_id=0)([1, 2])
     trained = (pack["labels"][0] != IGNORED).nonzero()[:, 0]

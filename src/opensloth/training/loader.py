@@ -1,6 +1,7 @@
 """From a schedule to tensors: each item of the loader is one whole optimizer step, as this process sees it."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -117,7 +118,10 @@ class Batcher:
 
 
 class Steps(Dataset[Step]):
-    """All optimizer steps of a run, as process `rank` of `processes` sees them. Item n is step n."""
+    """All optimizer steps of a run, as process `rank` of `processes` sees them. Item n is step n.
+
+    While one trains, a thread makes the next.
+    """
 
     def __init__(self, plan: Schedule, batcher: Batcher, pack_tokens: int, rank: int, processes: int) -> None:
         self.plan = plan
@@ -125,6 +129,8 @@ class Steps(Dataset[Step]):
         self.pack_tokens = pack_tokens
         self.rank = rank
         self.processes = processes
+        self.maker = ThreadPoolExecutor(1, thread_name_prefix="packs")
+        self.coming: tuple[int, Future[Step]] | None = None
 
     def __len__(self) -> int:
         return len(self.plan.steps)
@@ -168,6 +174,13 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         if number >= len(self):
             raise IndexError(number)
+        coming, self.coming = self.coming, None
+        step = coming[1].result() if coming is not None and coming[0] == number else self.make(number)
+        if number + 1 < len(self):
+            self.coming = number + 1, self.maker.submit(self.make, number + 1)
+        return step
+
+    def make(self, number: int) -> Step:
         rows = self.rows(number)
         packs = [self.batcher(some) for some in rows]
         return Step(

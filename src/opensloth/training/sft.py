@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 
+from opensloth.engine.compiled import eager
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training.costs import Costs
@@ -84,6 +85,14 @@ def trainer_class() -> type[Any]:
             with self.compute_loss_context_manager():
                 return self.run.loss(model, inputs)
 
+        def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+            """A micro-batch on the device. The host does not wait for it, nor for all that the card still has to do."""
+            device = self.args.device
+            return {
+                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+            }
+
         @torch.no_grad()
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """The token-weighted mean loss of the held-out rows; equal for any number of processes.
@@ -95,7 +104,8 @@ def trainer_class() -> type[Any]:
             for rows in self.run.held_out:
                 if self.stop and self.stop.asked():
                     break
-                total += self.compute_loss(self.model, self._prepare_inputs(self.run.batcher(rows))).double()
+                with eager():
+                    total += self.compute_loss(self.model, self._prepare_inputs(self.run.batcher(rows))).double()
             self.model.train()
             if self.stop:
                 self.stop.drop_if_asked()
