@@ -144,3 +144,20 @@ def test_a_loss_without_a_host_sync(device):
         pack_loss(model, pack, last).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_scores_of_completions_without_a_host_sync(sharing, device):
+    """Rows that the host has are laid out there; forward and backward never wait for the card."""
+    model = frozen_in(build("llama"), torch.bfloat16).to(device)
+    last, _ = head.find(model.get_base_model())
+    model.set_attn_implementation(attention.NAME)
+    ids, mask, length = completions()
+    if sharing:
+        ids, mask = (x.repeat_interleave(2, 0) for x in (ids, mask))
+    policy.packed(model, ids, mask, length, 0.7, last).logps.sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy.packed(model, ids, mask, length, 0.7, last).logps.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

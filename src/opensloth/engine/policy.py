@@ -3,6 +3,7 @@
 Batches come as TRL makes them: prompts padded on the left, completions on the right, one `attention_mask` over both.
 """
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 
 from opensloth.engine import attention
 from opensloth.engine.head import Gradients, Head, before_cap, chunks, logits_of
+
+ALIGNED = 8  # numbers: 64 bytes, as kernels like their inputs to begin
 
 
 class TokenScores(NamedTuple):
@@ -37,31 +40,57 @@ def packed(
 
     Args:
         model: with the attention of engine/attention.py; may be wrapped in DDP.
-        input_ids, attention_mask: (rows, prompt and completion).
+        input_ids, attention_mask: (rows, prompt and completion). If both are on the host, it does not wait.
         length: of the completions' part.
         head: of the model; without it the model makes the logits of all completion tokens at once.
     """
-    laid = lay_out(input_ids, attention_mask.bool(), length)
+    device = next(model.parameters()).device
+    ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
+    laid, at = lay_out(ids, mask, length, device), mask[:, -length:]
+    tokens, positions, queries, keys, predictors, targets, scored, *key_places = carried(
+        [
+            ids[laid.keep],
+            (mask.cumsum(1) - 1)[laid.keep],
+            laid.rows.queries,
+            laid.rows.keys,
+            laid.predictors,
+            ids[:, -length:][at],
+            at.flatten().nonzero()[:, 0],
+            *([] if laid.key_places is None else [laid.key_places]),
+        ],
+        device,
+    )
     inputs: dict[str, Any] = {
-        "input_ids": input_ids[laid.keep][None],
-        "position_ids": (attention_mask.cumsum(1) - 1)[laid.keep][None],
-        "cu_seq_lens_q": laid.rows.queries,
-        "cu_seq_lens_k": laid.rows.keys,
+        "input_ids": tokens[None],
+        "position_ids": positions[None],
+        "cu_seq_lens_q": queries,
+        "cu_seq_lens_k": keys,
         "max_length_q": laid.rows.longest_queries,
         "max_length_k": laid.rows.longest_keys,
-        "key_places": laid.key_places,
+        "key_places": key_places[0] if key_places else None,
     }
-    at = attention_mask[:, -length:].bool()
-    targets = input_ids[:, -length:][at]
     if head is not None:
         head = head.of(model)
-        hidden = head.hidden(model, **inputs)[0].index_select(0, laid.predictors)
+        hidden = head.hidden(model, **inputs)[0].index_select(0, predictors)
         logps, entropy = score_hidden(head, hidden, targets, temperature)
     else:  # with a cache, rows would see each other
-        logits = model(**inputs, logits_to_keep=laid.predictors, use_cache=False).logits[0]
+        logits = model(**inputs, logits_to_keep=predictors, use_cache=False).logits[0]
         logps, entropy = score(logits, targets, temperature)
-    empty = torch.zeros(at.shape, dtype=logps.dtype, device=at.device)
-    return TokenScores(empty.masked_scatter(at, logps), empty.masked_scatter(at, entropy))
+    empty = torch.zeros(at.numel(), dtype=logps.dtype, device=device)
+    return TokenScores(*(empty.index_copy(0, scored, found).view(at.shape) for found in (logps, entropy)))
+
+
+def carried(numbers: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Whole numbers of the host, each (any,), on `device`: in one transfer, for which the host does not wait."""
+    if device.type == "cpu":
+        return numbers
+    ends = list(accumulate(-(-len(one) // ALIGNED) * ALIGNED for one in numbers))
+    buffer = torch.empty(ends[-1], dtype=torch.long, pin_memory=True)
+    places = [slice(start, start + len(one)) for start, one in zip([0, *ends], numbers, strict=False)]
+    for place, one in zip(places, numbers, strict=True):
+        buffer[place] = one
+    there = buffer.to(device, non_blocking=True)
+    return [there[place].to(one.dtype) for place, one in zip(places, numbers, strict=True)]
 
 
 class Laid(NamedTuple):
@@ -79,12 +108,16 @@ class Laid(NamedTuple):
     predictors: torch.Tensor
 
 
-def lay_out(input_ids: torch.Tensor, mask: torch.Tensor, length: int) -> Laid:
-    """Lay rows one behind the other; a row whose prompt is that of the row before has only its completion there."""
+def lay_out(input_ids: torch.Tensor, mask: torch.Tensor, length: int, device: torch.device | None = None) -> Laid:
+    """Lay rows one behind the other; a row whose prompt is that of the row before has only its completion there.
+
+    Args:
+        input_ids, mask: on the host, which needs to know the lengths; `device` is where the model is.
+    """
     prompts, completions = mask[:, :-length], mask[:, -length:]
     ids = input_ids[:, :-length].masked_fill(~prompts, -1)
     first = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # whether a row brings its prompt
-    if attention.shares(ids.device):
+    if attention.shares(device or ids.device):
         first[1:] = (ids[1:] != ids[:-1]).any(1)
     keep = torch.cat([prompts & first[:, None], completions], 1)
     rows = attention.Boundaries(ends(keep), ends(mask), int(keep.sum(1).max()), int(mask.sum(1).max()))

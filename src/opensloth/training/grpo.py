@@ -25,6 +25,7 @@ from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
 from opensloth.training.held_out import HeldOut
+from opensloth.training.host_rows import HostRows, places
 from opensloth.training.importance import Gaps, corrected
 from opensloth.training.load import Load
 from opensloth.training.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
@@ -90,7 +91,9 @@ def trainer_class() -> type[Any]:
             self.micro_batches: list[Micro] = []
             self.loads: list[Load] = []  # of all processes, in the batch that is trained on
             self.rollout_seconds = 0.0
+            self.on_host = HostRows()  # the batch's
             self.part: dict[str, torch.Tensor] = {}  # the micro-batch that goes through the model
+            self.part_on_host = HostRows()
             self.policy_logps = torch.empty(0)  # of its tokens
             self.best_figure = self.best_so_far(self.figure, -float("inf"))
             put_back = kept_weights(arguments["model"])
@@ -116,7 +119,9 @@ def trainer_class() -> type[Any]:
             metrics = self._metrics["train"]
             with StepFigures(self.accelerator, metrics, len(self.batch["completion_mask"])) as figures:
                 for number, (rows, weight) in enumerate(self.micro_batches):
-                    self.part = {name: value if value.dim() == 0 else value[rows] for name, value in self.batch.items()}
+                    at = places(rows, self.args.device)
+                    self.part = {name: value if value.dim() == 0 else value[at] for name, value in self.batch.items()}
+                    self.part_on_host = self.on_host.of(rows)
                     figures.begin(weight)
                     with contextlib.nullcontext() if number == last else self.accelerator.no_sync(model):
                         loss = self._compute_loss(model, self.part) * weight
@@ -125,7 +130,7 @@ def trainer_class() -> type[Any]:
                     self.since_log.append(((self.state.global_step, rows), loss.detach()))
                     total += loss.detach()
                     if fresh and weight:
-                        asked_of[rows] = self.policy_logps
+                        asked_of[at] = self.policy_logps
                         gaps.add(self.policy_logps, self.part)
             self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:
@@ -140,7 +145,8 @@ def trainer_class() -> type[Any]:
             self.asked = asked
             self.batch = self._generate_and_score_completions(self.as_rows(asked["prompts"]))
             self.batch = {name: value for name, value in self.batch.items() if isinstance(value, torch.Tensor)}
-            prompts, completions = (tokens(self.batch[name]) for name in ("prompt_mask", "completion_mask"))
+            self.on_host = HostRows.of_batch(self.batch)
+            prompts, completions = self.on_host.sizes(self.batch["completion_mask"].shape[1])
             parts = self.cut(prompts, completions)
             limit = self.run.pack_tokens if self.run.batch_size is None else None
             load = load_of(parts, prompts, completions, group=self.group, pack_tokens=limit, packs=self.run.packs)
@@ -245,21 +251,20 @@ def trainer_class() -> type[Any]:
             **_: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
             """TRL's place for a forward of policy and reference. With gradients the rows are a micro-batch already."""
-            temperature = self.temperature
-            if torch.is_grad_enabled():
-                parts = [list(range(len(input_ids)))]
-            else:
-                halves = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
-                parts = self.cut(*map(tokens, halves))
-            logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-            entropy = torch.zeros_like(logps)
+            trains = torch.is_grad_enabled()
+            host = self.part_on_host if trains else HostRows(input_ids.cpu(), attention_mask.cpu())
+            parts = [list(range(len(input_ids)))] if trains else self.cut(*host.sizes(logits_to_keep))
+            rows_of = host if self.run.packs else HostRows(input_ids, attention_mask)  # packs are laid out on the host
+            found = []
             with self.compute_loss_context_manager():
                 for rows in parts:
-                    found = self.run.scores(model, input_ids[rows], attention_mask[rows], logits_to_keep, temperature)
-                    at = torch.tensor(rows, device=logps.device)
-                    logps = logps.index_copy(0, at, found.logps)
-                    entropy = entropy.index_copy(0, at, found.entropy)
-            if torch.is_grad_enabled():
+                    ids, mask = rows_of.of(rows)
+                    found.append(self.run.scores(model, ids, mask, logits_to_keep, self.temperature))
+            logps, entropy = (torch.cat(one) for one in zip(*found, strict=True))
+            if len(parts) > 1:  # cut by length, they may be in another order
+                order = torch.tensor([row for rows in parts for row in rows], device=logps.device).argsort()
+                logps, entropy = logps[order], entropy[order]
+            if trains:
                 self.policy_logps = logps.detach()
                 # TRL reads the advantages after this, and takes them for each token too
                 self.part["advantages"] = corrected(self.part, self.part.get("old_per_token_logps", self.policy_logps))
@@ -278,9 +283,3 @@ def trainer_class() -> type[Any]:
             return Fault(step + 1, loss, sorted({prompts[place].row_id for place in places}))
 
     return GroupTrainer
-
-
-def tokens(mask: torch.Tensor) -> Sizes:
-    """How many each row of a mask holds."""
-    counts: Sizes = mask.sum(1).cpu().numpy()
-    return counts

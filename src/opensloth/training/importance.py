@@ -49,11 +49,11 @@ class Gaps:
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             dist.all_reduce(self.most, op=dist.ReduceOp.MAX)
-        tokens, gap, weight, capped = self.sums.tolist()
+        tokens, gap, weight, capped, most = torch.cat([self.sums, self.most]).tolist()
         tokens = max(tokens, 1)
         return {
             "logp_gap/mean": gap / tokens,
-            "logp_gap/max": float(self.most),
+            "logp_gap/max": most,
             "importance/mean": weight / tokens,
             "importance/capped": capped / tokens,
         }
