@@ -66,6 +66,7 @@ def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss
     return [(rows, weight(rows)) for rows in parts]
 
 
+STAND_IN = 2.0**80  # its multiples, as float64, stand for figures that the card has yet to compute
 AGAIN: Micro = ([0], 0.0)  # processes that lack a micro-batch run a completion of theirs again, with no weight
 
 
@@ -109,50 +110,89 @@ class StepFigures:
     """While it lasts, what TRL logs of each micro-batch; on leaving, one figure of the whole step in its place.
 
     TRL takes the mean over micro-batches of what it logs, as if they had equally many tokens, and gathers one number a
-    completion as if those of all processes had equally many completions.
+    completion as if those of all processes had equally many completions. It also waits for the card at each figure,
+    before the backward pass is asked for: here it gets a stand-in, and the figures are read once the step is through.
 
     Attributes:
-        counts: False while a process runs a completion again that has no weight.
+        sums, rows: what a stand-in is for: a sum over tokens and their number, or one number a completion.
+        batch: the micro-batch of a stand-in, from 0.
+        figures: means that stand-ins turned out to be.
     """
 
     def __init__(self, accelerator: Any, metrics: dict[str, list[float]], completions: int) -> None:
         self.accelerator, self.metrics, self.completions = accelerator, metrics, completions
         self.gather, self.reduce = accelerator.gather, accelerator.reduce
         self.before = {name: len(values) for name, values in metrics.items()}
-        self.tokens: list[float] = []  # of each micro-batch, over all processes
+        self.sums: dict[float, torch.Tensor] = {}
+        self.rows: dict[float, torch.Tensor] = {}
+        self.batch: dict[float, int] = {}
+        self.figures: dict[float, float] = {}
+        self.batches = 0
         self.counts = True
 
     def begin(self, weight: float) -> None:
-        """The next micro-batch."""
+        """The next micro-batch. One without weight is a completion that a process runs again."""
         self.counts = weight != 0
-        self.tokens.append(0.0)
+        self.batches += 1
 
-    def gather_filled_up(self, numbers: torch.Tensor) -> Any:
-        """Up to `completions` numbers of each process, filled up with NaN, which TRL leaves out."""
+    def stand_in(self) -> float:
+        """A number that no figure is."""
+        number = STAND_IN * (1 + len(self.batch))
+        self.batch[number] = self.batches - 1
+        return number
+
+    def gather_later(self, numbers: torch.Tensor) -> Any:
+        """Up to `completions` numbers of each process, filled up with NaN, which are left out."""
         if numbers.dim() == 0:
             return self.gather(numbers)
+        number = self.stand_in()
         full = numbers.new_full((self.completions,), float("nan"))
         full[: len(numbers)] = numbers
-        return self.gather(full)
+        self.rows[number] = full
+        return torch.tensor([number], dtype=torch.float64)
 
-    def reduce_counted(self, numbers: torch.Tensor, **how: Any) -> Any:
+    def reduce_later(self, numbers: torch.Tensor, reduction: str) -> Any:
         """A sum over tokens and their number, over all processes."""
-        found = self.reduce(numbers * self.counts, **how)
-        self.tokens[-1] = float(found[1].detach())
-        return found
+        number = self.stand_in()
+        self.sums[number] = numbers.detach() * self.counts
+        return torch.tensor([number, 1.0], dtype=torch.float64)
 
     def __enter__(self) -> "StepFigures":
-        self.accelerator.gather, self.accelerator.reduce = self.gather_filled_up, self.reduce_counted
+        self.accelerator.gather, self.accelerator.reduce = self.gather_later, self.reduce_later
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.accelerator.gather, self.accelerator.reduce = self.gather, self.reduce
         if error is not None:
             return
+        tokens = self.read_sums()
+        least, most = self.read_rows()
         for name, values in self.metrics.items():
             start = self.before.get(name, 0)
-            if len(values) - start == len(self.tokens):
-                values[start:] = [of_step(name, values[start:], self.tokens)]
+            if len(values) - start == self.batches:
+                known = self.figures | (least if name.endswith("_min") else most)
+                values[start:] = [of_step(name, [known.get(value, value) for value in values[start:]], tokens)]
+
+    def read_sums(self) -> list[float]:
+        """Find the means of all stand-ins in one transfer. Returns the tokens of each micro-batch, of all processes."""
+        tokens = [0.0] * self.batches
+        if self.sums:
+            totals = self.reduce(torch.stack(list(self.sums.values())), reduction="sum")
+            means = totals[:, 0] / totals[:, 1].clamp(min=1.0)
+            for number, (mean, count) in zip(self.sums, torch.stack([means, totals[:, 1]], 1).tolist(), strict=True):
+                self.figures[number], tokens[self.batch[number]] = mean, count
+        return tokens
+
+    def read_rows(self) -> tuple[dict[float, float], dict[float, float]]:
+        """The least and the most of all completions for each stand-in; NaN where there are none."""
+        if not self.rows:
+            return {}, {}
+        found = self.gather(torch.stack(list(self.rows.values()), 1))
+        none = found.isnan()
+        least = found.masked_fill(none, torch.inf).amin(0).masked_fill(none.all(0), torch.nan)
+        most = found.masked_fill(none, -torch.inf).amax(0).masked_fill(none.all(0), torch.nan)
+        low, high = torch.stack([least, most]).tolist()
+        return dict(zip(self.rows, low, strict=True)), dict(zip(self.rows, high, strict=True))
 
 
 def of_step(name: str, values: Sequence[float], tokens: Sequence[float]) -> float:
