@@ -58,6 +58,14 @@ def test_prompts_that_are_a_little_longer_keep_the_buffers_and_their_recordings(
     assert decoder.buffers is before
 
 
+def test_buffers_hold_the_longest_prompt_that_is_said_to_come() -> None:
+    model, decoder = policy(), GraphDecoder(longest=2 * BUCKET)
+    generate(model, [[5] * 20], write=decoder, **settings(1))
+    before = decoder.buffers
+    generate(model, [[5] * 2 * BUCKET], write=decoder, **settings(1))
+    assert decoder.buffers is before
+
+
 def test_a_batch_of_shorter_completions_follows_in_the_same_buffers() -> None:
     model, decoder = policy(), GraphDecoder()
     for longest in (40, 9):

@@ -109,10 +109,12 @@ class GraphDecoder:
 
     Args:
         kind: how keys and values are kept; else SharedPrompts, where it serves.
+        longest: tokens of the longest prompt that will come, so that none makes larger buffers and recordings anew.
     """
 
-    def __init__(self, kind: Make | None = None) -> None:
+    def __init__(self, kind: Make | None = None, longest: int = 0) -> None:
         self.kind = kind
+        self.longest = longest
         self.buffers: Buffers | None = None
         self.merge = Merge()
 
@@ -189,7 +191,7 @@ class GraphDecoder:
     ) -> Buffers:
         """Buffers that are large enough; the old ones, and their recordings, where they are."""
         # in whole buckets: each prompt that is a little longer than all before would cost the recordings
-        needed = (prompts, rows, bucket(longest), new)
+        needed = (prompts, rows, bucket(max(longest, self.longest)), new)
         old = self.buffers
         if old is not None:
             store = old.store

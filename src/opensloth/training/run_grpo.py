@@ -162,7 +162,7 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
             "Use --rollout generate (or auto) with this one.",
         )
     wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
-    return GraphDecoder() if wanted and not reason else None
+    return GraphDecoder(longest=longest - job.max_new) if wanted and not reason else None
 
 
 def room_for_rollouts(
