@@ -164,7 +164,7 @@ def train(method: str, data: str, model: str, output: Path, options: dict[str, A
 
 
 def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Sequence[Command] = ()) -> None:
-    """Run commands side by side, until `runs` are done or the time is over; adds their seconds to times.json."""
+    """Run commands side by side, until `runs` are done or the time is over; adds their seconds to those kept."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     begin = time.monotonic()
     started = {}
@@ -187,9 +187,9 @@ def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Seq
         code = process.wait()
         seconds.setdefault(output.name, time.monotonic() - begin)
         print(f"{output.name}: exit {code} after {seconds[output.name]:.0f} s", flush=True)
-    path = arguments.work / "times.json"
-    times = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({name: times.get(name, 0.0) + seconds.get(name, 0.0) for name in {*times, *seconds}}))
+    for name, spent in seconds.items():  # a file each: stages may run beside each other
+        path = arguments.work / f"{name}.seconds"
+        path.write_text(str(spent + (float(path.read_text()) if path.exists() else 0.0)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -220,7 +220,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     right = {name: row.pop("right") for name, row in found.items()}
     report: dict[str, Any] = machine.describe()
     report["recipe"] = {"sft": SFT, "grpo": GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps}}
-    report["seconds"] = json.loads((work / "times.json").read_text())
+    report["seconds"] = {path.stem: float(path.read_text()) for path in sorted(work.glob("*.seconds"))}
     report["side_by_side"] = "the runs of a stage trained beside each other on one device"
     report["scores"] = found
     report["differences"] = {

@@ -48,11 +48,23 @@ def arithmetic(found: Results) -> str:
 
 Word problems made on the spot. The {HELD_OUT} held-out ones have other names and numbers than those of the training,
 and are answered greedily. `base` is the model as it is published, `sft` the demo's own recipe, `grpo-SEED` began from
-that adapter, and `control` went on with SFT on fresh problems for as long as the GRPO runs took.
+that adapter, and `control` went on with SFT on fresh problems for as long as the GRPO runs took. The control is told
+the way to every answer, step by step; GRPO is told nothing but whether a final answer is right. Where solutions can be
+had in any number, SFT is the better teacher; GRPO is for problems of which the answer alone is known.
 
 {table(found, names, "sft")}
 
-SFT: {sft}. GRPO: {grpo}."""
+SFT: {sft}. GRPO: {grpo}. {done(found)}"""
+
+
+def done(found: Results) -> str:
+    """How far the runs came, where they were stopped before their last step."""
+    steps = {name: len(run) for name, run in found["curves"].items() if run}
+    most = found["recipe"]["grpo"].get("max-steps", 0)
+    if not steps or min(steps.values()) >= most:
+        return ""
+    made = ", ".join(f"{name} made {count}" for name, count in steps.items())
+    return f"The runs were stopped before their last step: {made}."
 
 
 def curves(found: Results) -> str:
@@ -135,7 +147,13 @@ done
 python benchmarks/report.py benchmarks/results/reasoning-h100.json > docs/results.md
 ```
 
-This page's figures: `{found["command"]}`."""
+This page's figures: `{found["command"]}`. {told(found)}"""
+
+
+def told(found: Results) -> str:
+    """What the file says of a run that was cut off."""
+    ended = found.get("ended")
+    return f"In this run {ended}." if ended else ""
 
 
 def table(found: Results, names: list[str], baseline: str | None = None) -> str:

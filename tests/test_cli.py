@@ -16,7 +16,7 @@ from opensloth import paths
 from opensloth.cli import data, document, grpo, options, program, result, sft, train
 from opensloth.config.base import declared
 from opensloth.config.jobs import DataJob, GrpoJob, SftJob, TrainGrpoJob, TrainSftJob
-from opensloth.errors import OpenSlothError, RunStopped, WorkerFailed
+from opensloth.errors import STOPPED, OpenSlothError, RunStopped, WorkerFailed
 from tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -530,3 +530,18 @@ def test_one_command_does_what_the_two_do_and_knows_when_it_is_finished(here, ca
     code, _, err = call(sft.app, prepared, *shared, "--output", first["output"], "--lr", "1e-3")
     assert code == 2
     assert "lr (0.0002 there, 0.001 now)" in err
+
+
+def test_a_signal_within_text_that_is_executed_ends_a_program_with_its_code(tmp_path):
+    """Python would end by SIGINT where the very KeyboardInterrupt once passed through `exec`, as dataclasses use it."""
+    (tmp_path / "ended.py").write_text(
+        "import sys, typer\n"
+        "from opensloth.cli import program\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def main():\n"
+        "    exec('import signal; signal.raise_signal(signal.SIGTERM)')\n"
+        "sys.exit(program.run(app, []))\n"
+    )
+    ended = subprocess.run([sys.executable, "-m", "ended"], cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert ended.returncode == STOPPED

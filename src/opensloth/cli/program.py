@@ -49,21 +49,30 @@ def run(
     return status if isinstance(status, int) else DONE
 
 
+class Interrupted(KeyboardInterrupt):
+    """Of a class of its own: where the very KeyboardInterrupt passes through `exec` of a text (dataclasses are made so),
+    Python remembers it, and ends by SIGINT in the end, whatever the exit code, though it was caught."""
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM, as schedulers send it, ends a program as Ctrl-C does: half-made files are cleared away first."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    plain = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.getsignal(number) for number in plain}
+    if threading.current_thread() is not threading.main_thread() or before != plain:
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in plain:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in plain.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
