@@ -50,7 +50,7 @@ def run(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Of a class of its own: where the very KeyboardInterrupt passes through `exec` of a text (dataclasses are made so),
+    """Of a class of its own: where the very KeyboardInterrupt passes through `exec` of a text, as dataclasses use it,
     Python remembers it, and ends by SIGINT in the end, whatever the exit code, though it was caught."""
 
 
@@ -71,8 +71,8 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in plain.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
