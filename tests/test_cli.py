@@ -121,6 +121,20 @@ def test_a_schedulers_signal_ends_a_program_as_ctrl_c_does(call, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("shell", [signal.default_int_handler, signal.SIG_IGN])  # the second in the background
+def test_both_signals_are_as_they_were_afterwards(call, shell):
+    app, seen = typer.Typer(), []
+    app.command()(lambda: seen.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))))
+    before = signal.signal(signal.SIGINT, shell)
+    try:
+        assert call(app)[0] == 0
+        assert signal.getsignal(signal.SIGINT) is shell
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[0] is not signal.SIG_DFL
+    assert (seen[1] is shell) == (shell is signal.SIG_IGN)
+
+
 def test_a_bug_keeps_its_traceback_and_exits_1():
     code = (
         "import sys; from opensloth.cli import data, program; import opensloth.data.show.terminal as s\n"

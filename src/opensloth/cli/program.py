@@ -57,22 +57,22 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM, as schedulers send it, ends a program as Ctrl-C does: half-made files are cleared away first."""
-    plain = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.getsignal(number) for number in plain}
-    if threading.current_thread() is not threading.main_thread() or before != plain:
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
+    ctrl_c = signal.getsignal(signal.SIGINT)  # ignored, where a shell began this in the background
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted
 
-    for number in plain:
-        signal.signal(number, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    if ctrl_c is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, ctrl_c)
 
 
 @contextmanager
