@@ -6,8 +6,8 @@ The command itself, with one difference: its worker first tells torch how much o
 
 import os
 import sys
-from functools import partial
-from pathlib import Path
+
+import own_worker
 
 GIB = "BENCHMARK_MEMORY_GIB"  # in the environment of the worker
 
@@ -23,12 +23,9 @@ def limit(gib: float) -> None:
 
 def command() -> None:
     from opensloth.cli import sft
-    from opensloth.launch import launcher, run_directory
 
     os.environ[GIB] = sys.argv.pop(1)
-    folders = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    run_directory.run_workers = partial(launcher.run_workers, module="limited")
+    own_worker.use("limited")
     sft.main()
 
 

@@ -8,9 +8,10 @@ its kernels by their share. Steps are optimizer steps, with one to a batch.
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import own_worker
 
 FROM, TO = 4, 6
 KERNELS = 45
@@ -19,13 +20,10 @@ ASKED = "BENCHMARK_PROFILE"  # in the environment of the worker
 
 def command() -> None:
     from opensloth.cli import grpo, sft
-    from opensloth.launch import launcher, run_directory
 
     method = sys.argv.pop(1)
     os.environ[ASKED] = "1"
-    folders = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    run_directory.run_workers = partial(launcher.run_workers, module="profiled")
+    own_worker.use("profiled")
     {"sft": sft, "grpo": grpo}[method].main()
 
 

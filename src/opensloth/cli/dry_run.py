@@ -49,7 +49,7 @@ def plan_sft(resolved: Resolved[SftJob], prepared: "Prepared", world: "World", a
         figures[name] = f"{figures[name]}; {text}" if name in figures else text
     seed = job.seed if job.seed is not None else int(prepared.manifest.options["seed"])
     plan = schedule(prepared, job, seed=seed, processes=world.processes)
-    tokens = [plan.tokens(step) for step in range(len(plan.steps))]
+    tokens = plan.step_tokens
     rows = [len(step) for step in plan.steps]
     figures["steps"] = f"{len(tokens):,}, {plan.epoch[-1]:.4g} epochs" if tokens else "0"
     if tokens:

@@ -55,7 +55,7 @@ def dtype(options: TrainOptions, device: torch.device) -> Choice:
 
 
 def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens: int) -> Choice:
-    """ "on" or "off": compiling takes about a minute once, and then a part of every step's time away.
+    """Whether layers are compiled, "on" or "off": it takes a minute once, and then a part of every step's time away.
 
     Args:
         packs: whether rows lie one behind the other under our own attention.

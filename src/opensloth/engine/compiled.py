@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from opensloth import paths
+from opensloth.engine.lora import base_of
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -25,7 +25,7 @@ def compile_layers(model: torch.nn.Module, *, dynamic: bool) -> None:
         dynamic: whether packs have many sizes; else each size is compiled for itself.
     """
     os.environ.setdefault(CACHE, str(paths.cache_dir() / "compiled"))
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     for layer in base.get_decoder().layers:
         layer.compile(dynamic=True if dynamic else None)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from opensloth.engine import compiled
+from opensloth.engine.lora import base_of
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32: large enough for matmuls at full speed, small beside activations
 
@@ -41,8 +41,7 @@ class Head:
 
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
-        bare: Any = getattr(model, "module", model)  # DDP's
-        bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+        bare: Any = base_of(getattr(model, "module", model))  # DDP's
         return Head(bare.get_output_embeddings(), self.cap, self.compiles)
 
     def by_chunk(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,6 +34,11 @@ def attach(model: PreTrainedModel, options: TrainOptions, seed: int) -> PeftMode
     return in_float32(get_peft_model(model, with_our_layers(config, model)))
 
 
+def base_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def with_our_layers(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """`config`, by which linear layers get those of engine/lora_layer.py. They are no part of what is saved."""
     if layers := layers_for(model):

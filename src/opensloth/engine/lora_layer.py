@@ -110,7 +110,17 @@ def of_adapter(
     return slopes, to_a, to_b
 
 
-def linear_plus(
+def linear_plus(*operands: Any) -> torch.Tensor:
+    """As `plus_in_place`, also where the compiler looks on.
+
+    It makes everything functional, and would copy all activations before each sum: for it this is one operator that it
+    does not look into.
+    """
+    found: torch.Tensor = (plus_as_one if torch.compiler.is_compiling() else plus_in_place)(*operands)
+    return found
+
+
+def plus_in_place(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -118,38 +128,17 @@ def linear_plus(
     up: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """x (tokens, in) W' + bias + s low (tokens, rank) up': what the second matmul adds, it adds in place.
-
-    The compiler makes everything functional, and would copy all activations before each such sum: for it this is one
-    operator that it does not look into.
-    """
-    if torch.compiler.is_compiling():
-        found: torch.Tensor = linear_plus_whole(x, weight, bias, low, up, scaling)
-        return found
+    """x (tokens, in) W' + bias + s low (tokens, rank) up': what the second matmul adds, it adds in place."""
     return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
 
 
-@torch.library.custom_op(
+plus_as_one = torch.library.custom_op(
     "opensloth::linear_plus",
+    plus_in_place,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor up, float scaling) -> Tensor",
 )
-def linear_plus_whole(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    low: torch.Tensor,
-    up: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
-
-
-@linear_plus_whole.register_fake
-def shape_of_linear_plus(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, low: torch.Tensor, up: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+plus_as_one.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:

@@ -1,6 +1,6 @@
 """The loss of a micro-batch as a sum over trained tokens, so that any division of a step adds up to the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ def cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     """The summed cross entropy of `targets` (tokens,) after `hidden` (tokens, hidden size), in fp32."""
     operands = head.operands(hidden)
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands)
-    made_of = head.by_chunk(loss_and_slopes)
-    loss: torch.Tensor = CrossEntropy.apply(*operands, targets, head.cap, needs, made_of)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = CrossEntropy.apply(*operands, targets, head, needs)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -84,15 +83,15 @@ class CrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        cap: float | None,
+        head: Head,
         needs: tuple[bool, bool, bool],
-        made_of: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     ) -> torch.Tensor:
+        made_of = head.by_chunk(loss_and_slopes)
         total = torch.zeros((), device=hidden.device)
         gradients = Gradients(hidden, weight, bias, needs)
         for part in chunks(len(hidden), len(weight)):
             raw = F.linear(hidden[part], weight, bias)
-            loss, slopes = made_of(raw, targets[part], cap, any(needs))
+            loss, slopes = made_of(raw, targets[part], head.cap, any(needs))
             total += loss
             if slopes is not None:
                 gradients.add(part, slopes)
@@ -104,4 +103,4 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # in fp32: in the types of the tensors the factor would be rounded too, or, behind a loss scaler, infinite
         found = (None if x is None else (x.float() * upstream[0]).to(ctx.dtype) for x in ctx.saved_tensors)
-        return *found, None, None, None, None
+        return *found, None, None, None

@@ -32,13 +32,19 @@ class Shape:
     def of(cls, config: PretrainedConfig) -> "Shape":
         text = config.get_text_config()
         hidden, layers = text.hidden_size, text.num_hidden_layers
-        head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+        head = head_size(config)
         queries = text.num_attention_heads * head
         keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
         intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
         layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * intermediate
         embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
         return cls(layers * layer + embeddings, layers, hidden, intermediate, text.vocab_size, queries + 2 * keys)
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Numbers of an attention head."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 @dataclass(frozen=True)

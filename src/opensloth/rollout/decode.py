@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opensloth.engine import attention
+from opensloth.engine.lora import base_of
 from opensloth.rollout import grouped
 from opensloth.rollout.sampling import Sampling, choose
 
@@ -50,7 +50,7 @@ def why_not(policy: torch.nn.Module, longest: int) -> str:
     Args:
         longest: tokens of the longest prompt and its completion: within a window, a model that has one sees everything.
     """
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base = base_of(policy)
     if "unsloth" in sys.modules or not isinstance(base, PreTrainedModel):
         return "its forward pass is not transformers' own"  # unsloth puts its own, with their cache, in their place
     config = base.config
@@ -109,7 +109,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 @contextmanager
 def attention_by(policy: torch.nn.Module, name: str) -> Iterator[None]:
     """The model with another attention, by its name in transformers."""
-    base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base: Any = base_of(policy)
     config = base.config  # of all its layers: set_attn_implementation would look through them, which takes milliseconds
     before, config._attn_implementation = config._attn_implementation, name
     try:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opensloth.engine import attention
 from opensloth.engine.compiled import eager
-from opensloth.engine.memory import free_bytes
+from opensloth.engine.lora import base_of
+from opensloth.engine.memory import free_bytes, head_size
 from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
 from opensloth.rollout.room import fitting
 from opensloth.rollout.sampling import Noise, Sampling, choose
@@ -116,8 +116,7 @@ def bytes_of_row(config: Any, positions: float, itemsize: int) -> int:
     """What decoding one completion takes: keys and values of so many positions, `itemsize` bytes each, and a choice."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head * itemsize
+    cache = 2 * text.num_hidden_layers * heads * head_size(config) * itemsize
     choosing = text.vocab_size * 40  # logits in 16, 32 and 64 bits, their probabilities and sums
     return int(cache * positions + choosing)
 
@@ -181,7 +180,7 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     forced tokens of its generation_config would make another policy of it.
     """
     policy: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base: Any = base_of(policy)
     modules = list(policy.modules())
     training = [(module, module.training) for module in modules]
     recomputing = [module for module in modules if getattr(module, "gradient_checkpointing", False)]

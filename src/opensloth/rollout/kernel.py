@@ -92,7 +92,7 @@ def attend(
         *keys.stride()[:3], *prompt_keys.stride()[:3],
         HEADS=heads, GROUP=heads // key.shape[1], SIZE=size,
         GROUP_BLOCK=max(triton.next_power_of_2(heads // key.shape[1]), LEAST), SIZE_BLOCK=size_block,
-        BLOCK=max(min(BLOCK, BLOCK_BYTES // (size_block * query.element_size())), LEAST), PRECISION="ieee",
+        BLOCK=max(min(BLOCK, BLOCK_BYTES // (size_block * query.element_size())), LEAST),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -101,7 +101,7 @@ def attend(
 @triton.jit
 def _more(
     query, most, total, found, keys, values, first, end, stride, scaling,
-    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (Milakov and Gimelshein, arXiv 1805.02867) over positions `first` to `end` of some keys."""
     column = tl.arange(0, SIZE_BLOCK)
@@ -111,14 +111,14 @@ def _more(
         place = position.to(tl.int64)[:, None] * stride + column[None, :]
         inside = there[:, None] & (column[None, :] < SIZE)
         key = tl.load(keys + place, mask=inside, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scaling
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
         score = tl.where(there[None, :], score, -float("inf"))
         new_most = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - new_most[:, None])
         shrink = tl.exp2(most - new_most)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(values + place, mask=inside, other=0.0)
-        found = found * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        found = found * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         most = new_most
     return most, total, found
 
@@ -129,7 +129,7 @@ def _attend(
     query_row, query_head, key_row, key_head, value_row, value_head,
     keys_row, keys_head, keys_position, prompt_row, prompt_head, prompt_position,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for each key head of each row, those of one head beside each other."""
     program = tl.program_id(0)
@@ -155,11 +155,11 @@ def _attend(
     most, total, found = _more(
         q, most, total, found, prompt_keys + there, prompt_values + there,
         tl.load(starts + prompt).to(tl.int32), tl.load(prompts_end).to(tl.int32), prompt_position,
-        scaling, SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+        scaling, SIZE, SIZE_BLOCK, BLOCK,
     )  # fmt: skip
     most, total, found = _more(
         q, most, total, found, keys + here, values + here, 0, count, keys_position, scaling,
-        SIZE, SIZE_BLOCK, BLOCK, PRECISION,
+        SIZE, SIZE_BLOCK, BLOCK,
     )  # fmt: skip
     found = found / total[:, None]
     place = (row * HEADS + head * GROUP + member)[:, None] * SIZE + column[None, :]

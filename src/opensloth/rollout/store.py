@@ -6,13 +6,14 @@ prompt once and what was written apart from it, for the kernel of rollout/kernel
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from opensloth.engine.memory import head_size
 from opensloth.rollout import grouped
 
 BUCKET = 64  # positions of the cache; attention costs what the bucket holds
@@ -59,6 +60,13 @@ Make = Callable[[Cache, int, int, int, int, torch.device], Store]
 """Room for so many prompts and rows, of so many tokens, in the shapes and types of the layers of a cache."""
 
 
+def move(layers: Sequence[DynamicLayer], rows: torch.Tensor, positions: int) -> None:
+    """Row i of the keys and values becomes what row `rows[i]` was, so many positions of it."""
+    for layer in layers:
+        for mine in (layer.keys, layer.values):
+            mine[: len(rows), :, :positions] = mine[rows, :, :positions]
+
+
 class OwnLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values (rows, heads, positions, head size).
 
@@ -79,10 +87,6 @@ class OwnLayer(DynamicLayer):  # type: ignore[misc]
         """Row i begins with what row `source[i]` of the prompts' cache holds."""
         for mine, theirs in ((self.keys, prompt.keys), (self.values, prompt.values)):
             mine[: len(source), :, : theirs.shape[2]] = theirs[source]
-
-    def move(self, rows: torch.Tensor, length: int) -> None:
-        for mine in (self.keys, self.values):
-            mine[: len(rows), :, :length] = mine[rows, :, :length]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -127,8 +131,7 @@ class OwnRows:
         self.slot.add_(1)
 
     def move(self, rows: torch.Tensor, positions: int) -> None:
-        for layer in self.layers:
-            layer.move(rows, positions)
+        move(self.layers, rows, positions)
         self.seen[: len(rows)] = self.seen[rows]
 
 
@@ -195,10 +198,7 @@ class SharedPrompts:
         self.own.add_(1)
 
     def move(self, rows: torch.Tensor, positions: int) -> None:
-        own = positions - self.padded
-        for layer in self.layers:
-            for mine in (layer.keys, layer.values):
-                mine[: len(rows), :, :own] = mine[rows, :, :own]
+        move(self.layers, rows, positions - self.padded)
         self.source[: len(rows)] = self.source[rows]
 
 
@@ -210,8 +210,7 @@ def why_not_shared(config: PretrainedConfig, device: torch.device) -> str:
         return "triton is not installed"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
         return "the card is older than the kernel's matrix products"
-    text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = head_size(config)
     return "" if size <= LARGEST_HEAD else f"its heads have {size} numbers, more than {LARGEST_HEAD}"
 
 

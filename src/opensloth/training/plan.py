@@ -38,7 +38,7 @@ def choose(
 
 def describe(plan: Schedule, chosen: MemoryPlan, processes: int) -> list[str]:
     """The batch arithmetic in two lines."""
-    tokens = [plan.tokens(step) for step in range(len(plan.steps))]
+    tokens = plan.step_tokens
     rows = [len(step) for step in plan.steps]
     size = f"{chosen.pack_tokens:,} tokens" if plan.batch_size is None else f"{plan.batch_size:,} rows"
     micro = [len(plan.micro_batches(step, chosen.pack_tokens, processes)[0]) for step in range(min(50, len(rows)))]

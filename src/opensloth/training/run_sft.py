@@ -35,8 +35,7 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
     memory = plan.choose(engine, job, place.device, longest=longest, step=laid_out.largest_share(place.processes))
-    tokens = sum(map(laid_out.tokens, range(len(laid_out.steps))))
-    compiling = choose.compilation(job, place.device, engine.packs_natively, tokens)
+    compiling = choose.compilation(job, place.device, engine.packs_natively, sum(laid_out.step_tokens))
     engine.notes.append(f"compiled layers: {compiling.value}, {compiling.why}")
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:

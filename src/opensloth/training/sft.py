@@ -101,10 +101,10 @@ def trainer_class() -> type[Any]:
             """
             self.model.eval()
             total = torch.zeros((), device=self.args.device, dtype=torch.float64)
-            for rows in self.run.held_out:
-                if self.stop and self.stop.asked():
-                    break
-                with eager():
+            with eager():
+                for rows in self.run.held_out:
+                    if self.stop and self.stop.asked():
+                        break
                     total += self.compute_loss(self.model, self._prepare_inputs(self.run.batcher(rows))).double()
             self.model.train()
             if self.stop:
@@ -150,6 +150,6 @@ def figures(trainer: Any, run: Run, seconds: float) -> dict[str, Any]:
         "loss": history[-1]["loss"] if history else None,
         "eval_loss": evals[-1] if evals else None,
         "best_eval_loss": trainer.best_loss if evals else None,
-        "tokens": sum(plan.tokens(step) for step in range(trainer.state.global_step)),
+        "tokens": sum(plan.step_tokens[: trainer.state.global_step]),
         "seconds": round(seconds, 1),
     }

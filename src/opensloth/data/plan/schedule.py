@@ -6,6 +6,7 @@ number of processes or another pack size trains on the same rows in the same ste
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,12 @@ class Schedule:
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step over all processes."""
-        return int(self.lengths[self.steps[step]].sum())
+        return self.step_tokens[step]
+
+    @cached_property
+    def step_tokens(self) -> list[int]:
+        """Real tokens of each step over all processes."""
+        return [int(self.lengths[rows].sum()) for rows in self.steps]
 
     def targets(self, step: int) -> int:
         """Trained tokens of a step over all processes: what its loss is averaged over."""
@@ -51,7 +57,7 @@ class Schedule:
         """Tokens of a process's share of the largest step; None where micro-batches are not packs."""
         if self.batch_size is not None or not self.packing:
             return None
-        return math.ceil(max(map(self.tokens, range(len(self.steps)))) / processes)
+        return math.ceil(max(self.step_tokens) / processes)
 
     def micro_batches(self, step: int, pack_tokens: int, processes: int) -> list[list[list[int]]]:
         """The rows of a step as [process][micro-batch][row]; every process gets the same number of micro-batches.
