@@ -52,6 +52,7 @@ def quiet_libraries() -> None:
         "HF_HUB_DISABLE_TELEMETRY",
         "DISABLE_TELEMETRY",
         "UNSLOTH_DISABLE_STATISTICS",
+        "VLLM_NO_USAGE_STATS",
         "TRL_EXPERIMENTAL_SILENCE",
     ):
         os.environ.setdefault(name, "1")

@@ -3,6 +3,7 @@
 A mistake in any of them would show only after the model was loaded, or not at all.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -54,9 +55,19 @@ def start_grpo(
 
 
 def check_before_data(job: GrpoOptions, processes: int) -> None:
-    """What can be known before the data is prepared, which may take hours: batch, rewards and their files."""
+    """What can be known before the data is prepared, which may take hours: batch, rewards and their files, vLLM."""
     check_batch(job, processes)
+    check_rollout(job)
     chosen(job, default_tags())  # whether the data's prompts have tags shows when it is there
+
+
+def check_rollout(job: GrpoOptions) -> None:
+    """Raises UserError where completions are to come from a package that is not installed."""
+    if job.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "--rollout vllm: vllm is not installed.",
+            'Install it: pip install "openslothai[vllm]"; or use --rollout auto.',
+        )
 
 
 def batch_figures(job: GrpoOptions, processes: int) -> Figures:
@@ -88,6 +99,7 @@ def check_data(job: GrpoJob, prepared: "Prepared", processes: int) -> list[Weigh
     """The rewards of a job. Raises UserError where they, or the batch, do not fit the data."""
     rewards = chosen(job, prepared.contract.tags)
     check_batch(job, processes)
+    check_rollout(job)
     batches_of(job, prepared, processes)
     columns = {*OF_THE_TRAINER, "answer", "row_id", *prepared.rows.prompt_columns()}
     for reward in rewards:

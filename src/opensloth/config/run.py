@@ -11,7 +11,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "sgd")
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
-ROLLOUTS = ("auto", "graph", "generate")
+ROLLOUTS = ("auto", "graph", "vllm", "generate")
 SCALES = ("auto", "group", "batch", "none")
 ZERO_SIGNAL = ("warn", "stop")
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -199,6 +199,14 @@ class GrpoOptions(TrainOptions):
                 f"--save-steps {self.save_steps} is no multiple of --updates-per-batch {self.updates_per_batch}: "
                 "a run goes on between two batches of completions, not within one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def vllm_serves(self) -> "GrpoOptions":
+        if self.rollout == "vllm" and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("--rollout vllm gets the weights in 16 bits or more: drop --load-in-4bit/--load-in-8bit")
+        if self.rollout == "vllm" and self.engine == "unsloth":
+            raise ValueError("--rollout vllm works with --engine native: unsloth brings its own")
         return self
 
 

@@ -45,14 +45,10 @@ class Merge:
         """Take the memory that it needs, once."""
         if self.layers.keys() == layers.keys():
             return
-        weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
-        here = next(iter(weights.values())).device
-        size = sum(weight.nbytes for weight in weights.values())
-        fits = here.type != "cuda" or size <= SHARE * torch.cuda.mem_get_info(here)[0]
-        if fits and all(map(folds, layers.values())):
+        if fits(layers) and all(map(folds, layers.values())):
             self.fused = [Fused(group) for group in grouped(layers)]
         else:
-            self.saved = {name: weight.to(here if fits else "cpu", copy=True) for name, weight in weights.items()}
+            self.saved = copies(layers)
         self.layers = layers
 
 
@@ -112,13 +108,36 @@ def merged_beside(fused: Sequence[Fused]) -> Iterator[None]:
 
 @contextmanager
 def merged_in_place(policy: Any, layers: dict[str, Any], saved: dict[str, torch.Tensor]) -> Iterator[None]:
-    try:
+    with put_back(layers, saved):
         policy.merge_adapter()
+        yield
+
+
+@contextmanager
+def put_back(layers: dict[str, Any], saved: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The layers' bases afterwards as they were, whatever is merged into them inside. `saved` as `copies` made it."""
+    try:
         yield
     finally:
         for name, layer in layers.items():
             layer.get_base_layer().weight.data.copy_(saved[name])
             layer.merged_adapters.clear()
+
+
+def copies(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The layers' base weights once more: on the card where there is room, else in the machine's memory."""
+    weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
+    fit = fits(layers)
+    return {name: weight.to(weight.device if fit else "cpu", copy=True) for name, weight in weights.items()}
+
+
+def fits(layers: dict[str, Any]) -> bool:
+    """Whether the layers' weights fit once more beside themselves."""
+    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    if not weights or weights[0].device.type != "cuda":
+        return True
+    room: float = SHARE * torch.cuda.mem_get_info(weights[0].device)[0]
+    return bool(sum(weight.nbytes for weight in weights) <= room)
 
 
 def folds(layer: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from opensloth import log
@@ -30,6 +31,7 @@ from opensloth.rollout.recorded import recorded
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
 from opensloth.rollout.store import positions_of_row
+from opensloth.rollout.vllm import VllmWriter, room_of
 from opensloth.training import grpo, held_out, plan
 from opensloth.training.advice import Advice
 from opensloth.training.callbacks import BatchesMetrics
@@ -73,6 +75,8 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
+    if isinstance(decoder, VllmWriter):
+        decoder.start(engine.model)
     updates = job.updates_per_batch
     advice = Advice(stop=job.zero_signal == "stop", speaks=place.leads, max_new=job.max_new, every=updates)
     trainer.add_callback(advice)
@@ -113,7 +117,7 @@ def describe_run(
     laid_out: Batches,
     pack_tokens: int,
     place: Place,
-    decoder: GraphDecoder | None,
+    decoder: GraphDecoder | VllmWriter | None,
     room: Room | None,
 ) -> grpo.Run:
     held = held_out_prompts(run_dir, prepared)
@@ -133,14 +137,14 @@ def describe_run(
         seed=seed_of(job, prepared),
         write=recorded(run_dir, place.rank, decoder),
         at_once=room.rows if room else None,
-        release=decoder.release if decoder and room and not room.stays else None,
+        release=decoder.release if isinstance(decoder, GraphDecoder) and room and not room.stays else None,
         evaluates=bool(held),
         held_out=held[place.rank :: place.processes],
         columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
     )
 
 
-def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDecoder | None:
+def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDecoder | VllmWriter | None:
     """What completes prompts, of at most `longest` tokens with what is written; None: rollout.generate chooses.
 
     Where transformers' own `generate` is left, which is slower, a note of the engine says why.
@@ -148,6 +152,8 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
     Raises:
         UserError: `--rollout graph` was asked for and cannot serve the model.
     """
+    if job.rollout == "vllm":
+        return VllmWriter(engine.tokenizer, longest, completions_of(job, place))
     if engine.name != "native":
         reason = f"engine {engine.name} brings its own"
     elif reason := why_not(engine.model, longest):
@@ -166,21 +172,39 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
 
 
 def room_for_rollouts(
-    job: GrpoJob, engine: Engine, decoder: GraphDecoder, place: Place, longest: int, held_out_too: bool
+    job: GrpoJob,
+    engine: Engine,
+    decoder: GraphDecoder | VllmWriter,
+    place: Place,
+    longest: int,
+    held_out_too: bool,
 ) -> Room | None:
-    """The decoder's buffers on a card; None on a CPU. What merging keeps is laid aside first."""
-    if memory.free_bytes(place.device) is None:
+    """What completions take of a card; None on a CPU. What merging keeps is laid aside first."""
+    free = memory.free_bytes(place.device)
+    if free is None:
         return None
     config: Any = engine.model.config
-    decoder.merge.save(adapted(engine.model))
-    state = memory.estimate(config, job, engine.dtype.itemsize).adapter  # gradients and moments, which are yet to come
-    free = max((memory.free_bytes(place.device) or 0) - state, 0)
-    completions = job.prompts_per_step * job.group_size // place.processes
-    share = 1.0 if held_out_too else 1 / job.group_size  # held-out prompts are completed once each
-    positions = positions_of_row(longest - job.max_new, job.max_new, share, place.device, config)
-    room = rooms.choose(completions, bytes_of_row(config, positions, engine.dtype.itemsize), free)
+    itemsize = engine.dtype.itemsize
+    completions = completions_of(job, place)
+    if isinstance(decoder, VllmWriter):
+        total = torch.cuda.get_device_properties(place.device).total_memory
+        weights = memory.Shape.of(config).parameters * itemsize
+        room = room_of(completions, bytes_of_row(config, longest, itemsize), weights, total)
+        decoder.share = room.kept / total
+    else:
+        decoder.merge.save(adapted(engine.model))
+        state = memory.estimate(config, job, itemsize).adapter  # gradients and moments, which are yet to come
+        share = 1.0 if held_out_too else 1 / job.group_size  # held-out prompts are completed once each
+        positions = positions_of_row(longest - job.max_new, job.max_new, share, place.device, config)
+        left = max((memory.free_bytes(place.device) or 0) - state, 0)
+        room = rooms.choose(completions, bytes_of_row(config, positions, itemsize), left)
     engine.notes.append(str(room))
     return room
+
+
+def completions_of(job: GrpoJob, place: Place) -> int:
+    """Completions of a batch on each process."""
+    return job.prompts_per_step * job.group_size // place.processes
 
 
 def build_trainer(

@@ -1,0 +1,2 @@
+def trainer_init(*arguments):
+    raise AssertionError("only for a server of vLLM")

@@ -1,0 +1,2 @@
+def get_ip():
+    raise AssertionError("only for a server of vLLM")
