@@ -39,6 +39,23 @@ def test_norms_of_every_architecture_compute_the_same(arch):
     assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "size"), [(1, 16), (3, 24), (16, 128)])
+def test_heads_that_lie_apart_are_normalized_where_they_are(heads, size, dtype):
+    from opensloth.engine.norm import normalize
+
+    torch.manual_seed(0)
+    wide = torch.randn(5, 2, (heads + 2) * size).to(dtype)
+    x = wide[..., size : (heads + 1) * size].unflatten(-1, (heads, size))
+    weight = torch.randn(size).to(dtype)
+    found = normalize(x, weight, 1e-6)
+    assert found.is_contiguous()
+    expected = torch.nn.functional.rms_norm(x.float(), (size,), weight.float(), 1e-6)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(found.float(), expected, atol=rounding, rtol=rounding)
+
+
 def test_a_norm_that_computes_something_else_stays_as_it_is():
     class OddRMSNorm(torch.nn.Module):
         def __init__(self):

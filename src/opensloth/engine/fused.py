@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+TRITON = importlib.util.find_spec("triton") is not None
 TOLERANCE = 0.02  # of the largest value: roundings of 16 bits stand in other places
 
 
@@ -20,7 +21,7 @@ def fuse(model: nn.Module) -> None:
     """Use the kernels in a model on a card, for as long as the process lasts."""
     for module in model.modules():
         fuse_norm(module)
-    if importlib.util.find_spec("triton") is not None:
+    if TRITON:
         for name in {type(module).__module__ for module in model.modules()}:
             fuse_rotary(sys.modules[name])
 
@@ -35,7 +36,17 @@ class Normed:
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight + self.plus if self.plus else self.weight
+        if apart(hidden_states):
+            from opensloth.engine.norm import normalize
+
+            return normalize(hidden_states, weight, epsilon_of(self))
         return F.rms_norm(hidden_states, weight.shape, weight, epsilon_of(self))
+
+
+def apart(x: torch.Tensor) -> bool:
+    """Whether x is on a card and in pieces that torch's norm would copy together first, and no gradient is wanted."""
+    pieces = x.is_cuda and x.dim() > 2 and not x.is_contiguous() and x.stride(-1) == 1
+    return pieces and TRITON and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def epsilon_of(module: Any) -> Any:

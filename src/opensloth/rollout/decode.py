@@ -110,12 +110,19 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 def attention_by(policy: torch.nn.Module, name: str) -> Iterator[None]:
     """The model with another attention, by its name in transformers."""
     base: Any = base_of(policy)
-    config = base.config  # of all its layers: set_attn_implementation would look through them, which takes milliseconds
-    before, config._attn_implementation = config._attn_implementation, name
+    before = base.config._attn_implementation
+    set_attention(base, name)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        set_attention(base, before)
+
+
+def set_attention(base: Any, name: str) -> None:
+    if base.config.get_text_config(decoder=True) is base.config:
+        base.config._attn_implementation = name  # all its layers have this config; to look through them takes 10 ms
+    else:
+        base.set_attn_implementation(name)
 
 
 class Laid(NamedTuple):

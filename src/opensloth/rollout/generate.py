@@ -5,7 +5,7 @@ choice of its own: `sampling.choose` chooses the token of each step, and it is l
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from opensloth.engine import attention
 from opensloth.engine.compiled import eager
 from opensloth.engine.lora import base_of
 from opensloth.engine.memory import free_bytes, head_size
-from opensloth.rollout.decode import Halt, decode, go_on, left_padded, never, why_not
+from opensloth.rollout.decode import Halt, attention_by, decode, go_on, left_padded, never, why_not
 from opensloth.rollout.room import fitting
 from opensloth.rollout.sampling import Noise, Sampling, choose
 
@@ -185,7 +185,7 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     training = [(module, module.training) for module in modules]
     recomputing = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     habits = [(module, module.generation_config) for module in modules if "generation_config" in vars(module)]
-    implementation, cached = base.config._attn_implementation, base.config.use_cache
+    packs, cached = base.config._attn_implementation == attention.NAME, base.config.use_cache
     try:
         for module in modules:  # as eval() does, which takes ten milliseconds
             vars(module)["training"] = False
@@ -193,15 +193,11 @@ def as_policy(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             module.gradient_checkpointing = False
         for module, _ in habits:
             module.generation_config = GenerationConfig()
-        if implementation == attention.NAME:
-            base.set_attn_implementation("sdpa")
         base.config.use_cache = True
-        with torch.no_grad(), eager():
+        with torch.no_grad(), eager(), attention_by(policy, "sdpa") if packs else nullcontext():
             yield policy
     finally:
         base.config.use_cache = cached
-        if implementation == attention.NAME:
-            base.set_attn_implementation(implementation)
         for module, config in habits:
             module.generation_config = config
         for module in recomputing:

@@ -23,9 +23,10 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers 
 
 
 class Merge:
-    """Merges for a while. Keeps its copy of the adapted layers; addresses never change."""
+    """Merges for a while. Keeps its copy of a policy's adapted layers; addresses never change."""
 
     def __init__(self) -> None:
+        self.policy: nn.Module | None = None
         self.layers: dict[str, Any] = {}
         self.fused: list[Fused] = []
         self.saved: dict[str, torch.Tensor] = {}
@@ -33,23 +34,23 @@ class Merge:
     @contextmanager
     def __call__(self, policy: torch.nn.Module) -> Iterator[None]:
         """Inside, each layer is one matrix. Quantized layers, and models without an adapter, stay as they are."""
-        layers = adapted(policy)
-        if not layers:
+        self.save(policy)
+        if not self.layers:
             yield
             return
-        self.save(layers)
-        with merged_beside(self.fused) if self.fused else merged_in_place(policy, layers, self.saved):
+        with merged_beside(self.fused) if self.fused else merged_in_place(policy, self.layers, self.saved):
             yield
 
-    def save(self, layers: dict[str, Any]) -> None:
+    def save(self, policy: torch.nn.Module) -> None:
         """Take the memory that it needs, once."""
-        if self.layers.keys() == layers.keys():
+        if self.policy is policy:
             return
+        self.policy, self.layers, self.fused, self.saved = policy, adapted(policy), [], {}
+        layers = self.layers
         if fits(layers) and all(map(folds, layers.values())):
             self.fused = [Fused(group) for group in grouped(layers)]
         else:
             self.saved = copies(layers)
-        self.layers = layers
 
 
 class Fused:
@@ -63,17 +64,10 @@ class Fused:
         zeros = [base.weight.new_zeros(base.out_features) for base in self.bases]
         biases = [zero if base.bias is None else base.bias.data for base, zero in zip(self.bases, zeros, strict=True)]
         self.bias = torch.cat(biases) if any(base.bias is not None for base in self.bases) else None
+        self.members = [Member(*pair) for pair in zip(layers, torch.split(self.weight, self.sizes), strict=True)]
         self.input: torch.Tensor | None = None
         self.parts: Sequence[torch.Tensor] = ()
         self.taken = 0
-
-    def refresh(self) -> None:
-        """Fold the adapters in as they are now. The factors are rounded to the base's type, as in training."""
-        for layer, base, part in zip(self.layers, self.bases, torch.split(self.weight, self.sizes), strict=True):
-            name = layer.active_adapters[0]
-            b, a = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
-            part.copy_(base.weight.data)
-            part.addmm_(b.to(part.dtype), a.to(part.dtype), alpha=layer.scaling[name])
 
     def forward_of(self, member: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A forward for one of the layers. The first that is asked computes for all."""
@@ -91,11 +85,35 @@ class Fused:
         return forward
 
 
+class Member:
+    """One of the layers of a matrix: where its rows are there, and the adapter's factors in the base's type.
+
+    The factors are rounded to it, as in training.
+    """
+
+    def __init__(self, layer: Any, rows: torch.Tensor) -> None:
+        name = layer.active_adapters[0]
+        self.rows, self.base = rows, layer.get_base_layer()
+        self.adapter: list[nn.Parameter] = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        self.factors = [torch.empty_like(factor, dtype=rows.dtype) for factor in self.adapter]
+        self.scaling: float = layer.scaling[name]
+
+
+def fold(members: Sequence[Member]) -> None:
+    """Fold the adapters in as they are now. A launch for each copy of each layer would take longer than the copies."""
+    with torch.no_grad():
+        torch._foreach_copy_([one.rows for one in members], [one.base.weight for one in members])
+        torch._foreach_copy_([x for one in members for x in one.factors], [x for one in members for x in one.adapter])
+        for one in members:
+            a, b = one.factors
+            one.rows.addmm_(b, a, alpha=one.scaling)
+
+
 @contextmanager
 def merged_beside(fused: Sequence[Fused]) -> Iterator[None]:
     try:
+        fold([member for group in fused for member in group.members])
         for group in fused:
-            group.refresh()
             for member, layer in enumerate(group.layers):
                 layer.forward = group.forward_of(member)  # of the instance: it goes before the class's method
         yield

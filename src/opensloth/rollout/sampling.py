@@ -5,6 +5,7 @@ is drawn whatever the batch it is in, the process that makes it, or the runs tha
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BLOCK = 512  # tokens: some hundred blocks of some hundred tokens in a vocabulary of 150,000
+TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,20 @@ def choose(
         whole vocabulary, whatever the filters left out: this is what the trainer computes. Greedy: temperature 1.
     """
     temperature = 1.0 if sampling.greedy else sampling.temperature
+    if uniforms is None and not sampling.greedy:
+        raise ValueError("sampling needs a random number for each row")
+    numbers = None if uniforms is None or sampling.greedy else uniforms.to(logits.device, torch.float64)
+    if logits.is_cuda and TRITON and (sampling.greedy or sampling.whole):
+        from opensloth.rollout.draw import choose_whole
+
+        return choose_whole(logits.detach(), temperature, numbers)
     most, chosen = logits.max(-1, keepdim=True)  # the first of several, as argmax
     peak = most.float()
     weights = exponentials(logits, peak, temperature)
     sums = weights.sum(-1)
-    if not sampling.greedy:
-        if uniforms is None:
-            raise ValueError("sampling needs a random number for each row")
-        numbers = uniforms.to(logits.device, torch.float64)[:, None]
-        chosen = draw(weights, sums, numbers) if sampling.whole else draw_filtered(weights, sampling, numbers)
+    if numbers is not None:
+        at = numbers[:, None]
+        chosen = draw(weights, sums, at) if sampling.whole else draw_filtered(weights, sampling, at)
     above = (logits.gather(-1, chosen).float() - peak) / temperature
     return chosen[:, 0], (above - sums.sum(-1, keepdim=True, dtype=torch.float64).log()).float()[:, 0]
 

@@ -26,7 +26,6 @@ from opensloth.rollout import room as rooms
 from opensloth.rollout.decode import why_not
 from opensloth.rollout.generate import bytes_of_row
 from opensloth.rollout.graph import GraphDecoder
-from opensloth.rollout.merge import adapted
 from opensloth.rollout.recorded import recorded
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
@@ -192,7 +191,7 @@ def room_for_rollouts(
         room = room_of(completions, bytes_of_row(config, longest, itemsize), weights, total)
         decoder.share = room.kept / total
     else:
-        decoder.merge.save(adapted(engine.model))
+        decoder.merge.save(engine.model)
         state = memory.estimate(config, job, itemsize).adapter  # gradients and moments, which are yet to come
         share = 1.0 if held_out_too else 1 / job.group_size  # held-out prompts are completed once each
         positions = positions_of_row(longest - job.max_new, job.max_new, share, place.device, config)
