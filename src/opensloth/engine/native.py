@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
-from opensloth.engine import attention, choose, lora
+from opensloth.engine import attention, choose, flash, lora
 from opensloth.engine import head as last_layer
 from opensloth.engine.fused import fuse
 from opensloth.engine.loss import pack_loss, padded_loss
@@ -35,6 +35,8 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         padded = "rows are padded, not packed, with" if packing else "this model needs"
         notes.append(f"{padded} eager attention: {refusal}")
     set_attention(model, packs)
+    if packs and device.type == "cuda":
+        notes.append(f"attention over packs: {flash.use_fastest(model.config, device, dtype)}")
     if job.load_in_4bit or job.load_in_8bit:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
