@@ -66,7 +66,7 @@ def launch_all(dtype):
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
     from opensloth.rollout.draw import choose_whole
-    from opensloth.rollout.kernel import attend
+    from opensloth.rollout.kernel import Norm, Turn, attend
 
     rows, ones = 4, torch.zeros(1, dtype=torch.long)
     for heads, keys, size, vocabulary in ((16, 8, 128, 151_936), (9, 3, 64, 49_152)):
@@ -78,7 +78,9 @@ def launch_all(dtype):
             launch(q.transpose(1, 2), k.transpose(1, 2), angles, angles, back=back)
         own, prompts = (torch.zeros(rows, keys, 64, size, dtype=dtype) for _ in range(2))
         source = torch.zeros(rows, dtype=torch.long)
-        attend(q[:, 0], k[:, 0], v[:, 0], own, own, prompts, prompts, source, source, ones, ones, 0.1)
+        norm = Norm(torch.ones(size, dtype=dtype), 1e-6)
+        for turn in (None, Turn(angles, angles, None), Turn(angles, angles, (norm, norm))):
+            attend(q[:, 0], k[:, 0], v[:, 0], own, own, prompts, prompts, source, source, ones, ones, 0.1, turn)
         logits = torch.zeros(rows, vocabulary, dtype=dtype)
         for uniforms in (None, torch.zeros(rows, dtype=torch.float64)):
             choose_whole(logits, 1.0, uniforms)

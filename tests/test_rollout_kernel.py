@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from interpreted import needs_triton
+from opensloth.engine.fused import fuse_norm
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import CHECK_EVERY, GraphDecoder
 from opensloth.rollout.store import OwnRows, SharedPrompts, positions_of_row, why_not_shared
@@ -77,3 +78,47 @@ def test_a_shared_prompt_is_counted_for_its_share():
     assert why_not_shared(config, torch.device("cpu"))
     assert not why_not_shared(config, card)
     assert GraphDecoder(OwnRows).kind is OwnRows
+
+
+def turnable(arch):
+    """A model whose norms of heads are recognized, as a model on a card has them."""
+    model = policy(arch)
+    for module in model.modules():
+        module.requires_grad_(False)
+        fuse_norm(module)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_heads_that_the_kernel_turns_write_the_same(arch):
+    model, decoder = turnable(arch), GraphDecoder(SharedPrompts)
+    for count in (5, 3):
+        plain = generate(model, PROMPTS[:count], **settings(count, max_new=12))
+        ours = generate(model, PROMPTS[:count], write=decoder, **settings(count, max_new=12))
+        assert len(decoder.turned) == len(model.get_base_model().get_decoder().layers)
+        for one, other in zip(plain, ours, strict=True):
+            assert one.ids == other.ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert not any("forward" in vars(layer) for layer in decoder.turned)
+
+
+@pytest.mark.parametrize("change", ["norms", "angles"])
+def test_a_layer_that_does_something_else_keeps_its_own_forward(change, monkeypatch):
+    """It is found out by its parts, or where these look alike, by what it computes."""
+    model, decoder = turnable("qwen3"), GraphDecoder(SharedPrompts)
+    layers = model.get_base_model().get_decoder().layers
+    if change == "norms":
+        layers[1].self_attn.q_norm = torch.nn.Identity()
+    else:
+        theirs = type(layers[0].self_attn).forward
+        monkeypatch.setattr(
+            type(layers[0].self_attn),
+            "forward",
+            lambda self, position_embeddings, **words: theirs(
+                self, position_embeddings=tuple(x.flip(-1) for x in position_embeddings), **words
+            ),
+        )
+    plain = generate(model, PROMPTS, **settings(5, max_new=12))
+    ours = generate(model, PROMPTS, write=decoder, **settings(5, max_new=12))
+    assert decoder.turned == []
+    assert [one.ids for one in plain] == [one.ids for one in ours]

@@ -20,11 +20,13 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from opensloth.engine.fused import same
 from opensloth.rollout import grouped
 from opensloth.rollout.decode import Halt, attention_by, go_on, lay_out, never, step
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
 from opensloth.rollout.store import Make, OwnRows, SharedPrompts, Store, bucket, why_not_shared
+from opensloth.rollout.turn import attention_layers, turning
 
 CHECK_EVERY = 8  # steps between two looks at whether all completions have ended: each waits for the card
 WARM_UP = 2  # steps made plainly before one is recorded: libraries choose and load their kernels in them
@@ -117,6 +119,7 @@ class GraphDecoder:
         self.longest = longest
         self.buffers: Buffers | None = None
         self.merge = Merge()
+        self.turned: list[Any] | None = None  # attention layers whose heads the kernel turns, once that was tried
 
     def __call__(
         self,
@@ -162,6 +165,9 @@ class GraphDecoder:
     ) -> None:
         """All positions after the first, into `tokens` and `logprobs` (completions, new), of which `rows` are which."""
         with attention_by(policy, state.store.attention):
+            if self.turned is None:
+                self.turned = turned(policy, state, state.store.span(longest + 1))
+        with attention_by(policy, state.store.attention), turning(self.turned):
             for at in range(1, tokens.shape[1]):
                 go_on(halt)
                 if at % CHECK_EVERY == 0:
@@ -221,15 +227,7 @@ class GraphDecoder:
 
     def plain(self, policy: torch.nn.Module, state: Buffers, span: int, how: How) -> None:
         """What is recorded."""
-        count = state.count
-        out: Any = policy(
-            input_ids=state.tokens[:count],
-            position_ids=state.positions[:count],
-            use_cache=True,
-            logits_to_keep=1,
-            **state.store.inputs(count, span),
-        )
-        state.write(out.logits[:, -1], how)
+        state.write(logits_of(policy, state, span), how)
         state.store.step_done()
         state.positions.add_(1)
 
@@ -242,6 +240,30 @@ class GraphDecoder:
             self.plain(policy, state, span, how)
         torch.clear_autocast_cache()  # nor may others read what was cast in it
         return graph
+
+
+def logits_of(policy: torch.nn.Module, state: Buffers, span: int) -> torch.Tensor:
+    """Of the next position of the rows that are computed, whose keys and values are written. (rows, vocabulary)."""
+    count = state.count
+    out: Any = policy(
+        input_ids=state.tokens[:count],
+        position_ids=state.positions[:count],
+        use_cache=True,
+        logits_to_keep=1,
+        **state.store.inputs(count, span),
+    )
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
+
+
+def turned(policy: torch.nn.Module, state: Buffers, span: int) -> list[Any]:
+    """The attention layers of a model whose heads the kernel may turn; none where that computes something else."""
+    layers = attention_layers(policy) if isinstance(state.store, SharedPrompts) else []
+    if not layers:
+        return []
+    expected = logits_of(policy, state, span)
+    with turning(layers):  # keys and values are written once more, to the same place
+        return layers if same(logits_of(policy, state, span), expected) else []
 
 
 def smallest(rows: int, needed: int) -> int:

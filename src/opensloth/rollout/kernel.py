@@ -4,11 +4,12 @@ At a decoding step attention does nothing but read keys and values. Here each pr
 key head: only as many as there are, without a mask, once for all query heads that share them, and the prompt's from
 where they lie once for the whole group. Programs of a group run beside each other, so that the card's cache serves all
 but the first. The new key and value are written in passing. Lengths are read on the card: one recording serves all.
+Norms and rotary positions of the new queries and keys are done in passing too, where they are asked for (`Turn`).
 
 It is imported on a card alone: only CUDA builds of torch have Triton.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -56,6 +57,26 @@ def shared(
     return out[:, None], None
 
 
+class Norm(NamedTuple):
+    """Of heads: x / rms(x) * weight, weight (size,)."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
+class Turn(NamedTuple):
+    """What becomes of new queries and keys first: their norms, then the rotation by halves (arXiv 2104.09864).
+
+    Attributes:
+        cos, sin: (rows or 1, 1, size).
+        norms: of queries and of keys, where a model has them.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    norms: tuple[Norm, Norm] | None
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -69,6 +90,7 @@ def attend(
     prompts_end: torch.Tensor,
     own: torch.Tensor,
     scaling: float,
+    turn: Turn | None = None,
 ) -> torch.Tensor:
     """One new position of each row; its key and value are written to position `own` of `keys` and `values`.
 
@@ -84,14 +106,19 @@ def attend(
     rows, heads, size = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(rows, heads, size)
+    # what stands for what is not there is not read
+    cos, sin, norms = turn or Turn(query, query, None)
+    of_query, of_key = norms or (Norm(query, 0.0), Norm(key, 0.0))
     size_block = max(triton.next_power_of_2(size), LEAST)
     _attend[(rows * key.shape[1],)](
         query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out,
-        scaling * LOG2_E, rows,
+        cos, sin, of_query.weight, of_key.weight, scaling * LOG2_E, rows, of_query.epsilon, of_key.epsilon,
+        0 if len(cos) == 1 else size,
         *(stride for x in (query, key, value) for stride in x.stride()[:2]),
         *keys.stride()[:3], *prompt_keys.stride()[:3],
         HEADS=heads, GROUP=heads // key.shape[1], SIZE=size,
         GROUP_BLOCK=max(triton.next_power_of_2(heads // key.shape[1]), LEAST), SIZE_BLOCK=size_block,
+        TURNED=turn is not None, NORMED=norms is not None,
         BLOCK=max(min(BLOCK, BLOCK_BYTES // (size_block * query.element_size())), LEAST),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -125,11 +152,13 @@ def _more(
 
 @triton.jit
 def _attend(
-    query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out, scaling, rows,
+    query, key, value, keys, values, prompt_keys, prompt_values, source, starts, prompts_end, own, out,
+    cos, sin, query_weight, key_weight, scaling, rows, query_epsilon, key_epsilon, angle_row,
     query_row, query_head, key_row, key_head, value_row, value_head,
     keys_row, keys_head, keys_position, prompt_row, prompt_head, prompt_position,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, TURNED: tl.constexpr, NORMED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for each key head of each row, those of one head beside each other."""
     program = tl.program_id(0)
@@ -137,10 +166,27 @@ def _attend(
     column, member = tl.arange(0, SIZE_BLOCK), tl.arange(0, GROUP_BLOCK)
     wide = column < SIZE
     mine = (member[:, None] < GROUP) & wide[None, :]
-    q = tl.load(
-        query + row * query_row + (head * GROUP + member)[:, None] * query_head + column[None, :], mask=mine, other=0.0
-    )
-    new_key = tl.load(key + row * key_row + head * key_head + column, mask=wide, other=0.0)
+    q_heads = query + row * query_row + (head * GROUP + member)[:, None] * query_head
+    k_head = key + row * key_row + head * key_head
+    q = tl.load(q_heads + column[None, :], mask=mine, other=0.0)
+    new_key = tl.load(k_head + column, mask=wide, other=0.0)
+    if TURNED:
+        partner = (column + SIZE // 2) % SIZE
+        q_here, k_here = q.to(tl.float32), new_key.to(tl.float32)
+        q_there = tl.load(q_heads + partner[None, :], mask=mine, other=0.0).to(tl.float32)
+        k_there = tl.load(k_head + partner, mask=wide, other=0.0).to(tl.float32)
+        if NORMED:
+            q_share = tl.rsqrt(tl.sum(q_here * q_here, 1) / SIZE + query_epsilon)[:, None]
+            k_share = tl.rsqrt(tl.sum(k_here * k_here, 0) / SIZE + key_epsilon)
+            q_here *= q_share * tl.load(query_weight + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+            q_there *= q_share * tl.load(query_weight + partner, mask=wide, other=0.0).to(tl.float32)[None, :]
+            k_here *= k_share * tl.load(key_weight + column, mask=wide, other=0.0).to(tl.float32)
+            k_there *= k_share * tl.load(key_weight + partner, mask=wide, other=0.0).to(tl.float32)
+        along = tl.load(cos + row * angle_row + column, mask=wide, other=0.0).to(tl.float32)
+        across = tl.load(sin + row * angle_row + column, mask=wide, other=0.0).to(tl.float32)
+        across = tl.where(column < SIZE // 2, -across, across)
+        q = (q_here * along[None, :] + q_there * across[None, :]).to(q.dtype)
+        new_key = (k_here * along + k_there * across).to(new_key.dtype)
     new_value = tl.load(value + row * value_row + head * value_head + column, mask=wide, other=0.0)
     count = tl.load(own).to(tl.int32)
     here = row * keys_row + head * keys_head
