@@ -1,4 +1,4 @@
-"""LoRA's linear layer without passes of its own over the activations: y = x W' + s (x A') B' in matmuls alone.
+"""LoRA's linear layer without passes of its own over the activations: y = x W' + (s x A') B' in matmuls alone.
 
 PEFT adds and scales the adapter's share in passes over all activations, and casts them to fp32 where the adapter is
 kept so. Here the share is added by the matmul that makes it, in the base's type, with a copy of A and B in that type;
@@ -58,8 +58,8 @@ class Adapted(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
-        low = rows @ a.T
-        out = linear_plus(rows, weight, bias, low, b, scaling)
+        low = scaled(rows, a.T, scaling)
+        out = linear_plus(rows, weight, bias, low, b)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
         return out.view(*x.shape[:-1], -1)
@@ -71,7 +71,7 @@ class Adapted(torch.autograd.Function):
         slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[3:5])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = linear_plus(out, weight.T, None, slopes, a.T, 1.0).view(*upstream[0].shape[:-1], -1)
+            to_x = linear_plus(out, weight.T, None, slopes, a.T).view(*upstream[0].shape[:-1], -1)
         return to_x, None, None, to_a, to_b, None
 
 
@@ -85,8 +85,8 @@ class Added(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
-        low = rows @ a.T
-        found = torch.addmm(out.reshape(-1, out.shape[-1]), low, b.T, alpha=scaling)
+        low = scaled(rows, a.T, scaling)
+        found = torch.addmm(out.reshape(-1, out.shape[-1]), low, b.T)
         ctx.save_for_backward(rows, low, a, b)
         ctx.scaling = scaling
         return found.view(out.shape)
@@ -103,11 +103,28 @@ class Added(torch.autograd.Function):
 def of_adapter(
     ctx: Any, out: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, needs: tuple[bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `low` (tokens, rank), and of A and B in fp32, by that of the output: (tokens, out)."""
-    slopes = (out @ b).mul_(ctx.scaling)
-    to_a = (slopes.T @ rows).float() if needs[0] else None
-    to_b = (out.T @ low).mul_(ctx.scaling).float() if needs[1] else None
+    """Gradients of `low` / s (tokens, rank), and of A and B in fp32, by that of the output: (tokens, out)."""
+    slopes = scaled(out, b, ctx.scaling)
+    to_a = in_float32(slopes.T, rows) if needs[0] else None
+    to_b = in_float32(out.T, low) if needs[1] else None
     return slopes, to_a, to_b
+
+
+def scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """s left right: the matmul scales as it writes. The compiler puts the factor where it costs nothing by itself."""
+    if scaling == 1:
+        return left @ right
+    if torch.compiler.is_compiling():
+        return left @ right * scaling
+    nothing = left.new_empty(1, 1).expand(left.shape[0], right.shape[1])  # times 0: it is not read
+    return torch.addmm(nothing, left, right, beta=0, alpha=scaling)
+
+
+def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left right, rounded once. On a card the matmul writes fp32 itself; elsewhere torch has none that does."""
+    if left.is_cuda and left.dtype != torch.float32 and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def linear_plus(*operands: Any) -> torch.Tensor:
@@ -126,17 +143,16 @@ def plus_in_place(
     bias: torch.Tensor | None,
     low: torch.Tensor,
     up: torch.Tensor,
-    scaling: float,
 ) -> torch.Tensor:
-    """x (tokens, in) W' + bias + s low (tokens, rank) up': what the second matmul adds, it adds in place."""
-    return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
+    """x (tokens, in) W' + bias + low (tokens, rank) up': what the second matmul adds, it adds in place."""
+    return F.linear(x, weight, bias).addmm_(low, up.T)
 
 
 plus_as_one = torch.library.custom_op(
     "opensloth::linear_plus",
     plus_in_place,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor up, float scaling) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor up) -> Tensor",
 )
 plus_as_one.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
 

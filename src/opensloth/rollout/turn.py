@@ -32,7 +32,9 @@ def serves(layer: Any) -> bool:
     if parts - NORMS != PROJECTIONS or len(parts & NORMS) == 1:
         return False
     norms: list[Any] = [getattr(layer, name) for name in parts & NORMS]
-    return all(isinstance(norm, Normed) and norm.weight.shape == (layer.head_dim,) for norm in norms)
+    if not all(isinstance(norm, Normed) for norm in norms):
+        return False
+    return all(norm.weight.shape == (layer.head_dim,) for norm in norms)
 
 
 @contextmanager
