@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from decode_kernel_fixtures import hold_to_reference
 from grpo_fixtures import make_place, metrics
+from opensloth.engine.fused import fuse
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import GraphDecoder
-from opensloth.rollout.sampling import Noise, Sampling
+from opensloth.rollout.sampling import Noise, Sampling, choose
 from opensloth.rollout.store import BUCKET, OwnRows, SharedPrompts
 from tiny import tiny_model, tiny_tokenizer
 from training_fixtures import environment
@@ -26,8 +27,9 @@ JOB += ("--group-size", 4, "--max-steps", 2, "--lr", 1e-3)
 
 
 def policy(arch="llama", dtype=torch.float32):
-    model = tiny_model(tiny_tokenizer(), arch)
+    model = tiny_model(tiny_tokenizer(), arch).to("cuda", dtype).requires_grad_(False)
     model.set_attn_implementation("sdpa")
+    fuse(model)  # as engine native does
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     return get_peft_model(model, config).to("cuda", dtype)
 
@@ -42,6 +44,26 @@ def asked(count, **changed):
 def test_the_kernel_is_attention_over_prompt_and_own_keys(groups, size, dtype):
     for at in (0, 64, 70):
         hold_to_reference(groups, size, dtype, at, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=0)], ids=str)
+def test_a_card_draws_what_a_cpu_draws(sampling, dtype):
+    chooser = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(300, 151_936, generator=chooser)).to(dtype)
+    numbers = None if sampling.greedy else torch.rand(300, dtype=torch.float64, generator=chooser)
+    expected, logprobs = choose(logits, sampling, numbers)
+    found, values = choose(logits.cuda(), sampling, None if numbers is None else numbers.cuda())
+    alike = found.cpu() == expected
+    assert alike.float().mean() > 0.98  # a sum in another order moves the edges between tokens
+    assert torch.allclose(values.cpu()[alike], logprobs[alike], atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_the_kernel_turns_the_heads_of_every_architecture(arch):
+    model, decoder = policy(arch), GraphDecoder(SharedPrompts)
+    generate(model, PROMPTS, write=decoder, **asked(5))
+    assert decoder.turned
 
 
 @pytest.mark.parametrize("kind", [SharedPrompts, OwnRows])
