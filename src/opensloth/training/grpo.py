@@ -106,10 +106,7 @@ def trainer_class() -> type[Any]:
 
         def training_step(self, model: torch.nn.Module, inputs: Asked, num_items_in_batch: Any = None) -> torch.Tensor:
             """One optimizer step on a batch of completions. Returns its loss; DDP takes the mean over processes."""
-            if self.asked is None:
-                self.walk_once(model)
-            elif not self.run.packs or not model.training:  # other engines may have their own idea of the mode
-                model.train()
+            self.ready(model, native=self.run.packs)
             self.costs.sync.watch(model)
             fresh = self.asked is None or self.asked["number"] != inputs["number"]
             if fresh:

@@ -70,6 +70,7 @@ def describe_run(
         batcher=batcher,
         held_out=eval_packs(prepared, batcher, pack_tokens, place.rank, place.processes),
         held_out_targets=int(prepared.trained[prepared.is_eval].sum()),
+        native=engine.name == "native",
     )
 
 

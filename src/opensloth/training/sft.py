@@ -26,6 +26,7 @@ class Run:
         loss: the engine's loss of a micro-batch.
         held_out: this process's share of the held-out rows, in micro-batches; empty lists where nothing is held out.
         held_out_targets: trained tokens of the held-out rows of all processes.
+        native: whether the engine is.
     """
 
     files: RunFiles
@@ -34,6 +35,7 @@ class Run:
     batcher: Batcher
     held_out: list[list[int]]
     held_out_targets: int
+    native: bool
 
 
 def trainer_class() -> type[Any]:
@@ -61,7 +63,7 @@ def trainer_class() -> type[Any]:
 
         def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
             """Forward and backward of one optimizer step. Returns this process's part of the loss, times processes."""
-            model.train()
+            self.ready(model, native=self.run.native)
             self.costs.sync.watch(model)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them
             scale = self.accelerator.num_processes / inputs["targets"]

@@ -60,6 +60,7 @@ class KeepsRun:
     accelerator: Any
     saved_step = 0  # the last one that has a checkpoint
     costs: Costs
+    readied = False
     writing = False  # whether checkpoints go to the staging folder at the moment
 
     def rows_of(self, step: int) -> list[int]:
@@ -75,10 +76,18 @@ class KeepsRun:
         """The parameters that train: a walk over all modules takes the host milliseconds, and a step took several."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def walk_once(self, model: torch.nn.Module) -> None:
-        """Ready a model, which may be wrapped in DDP, for all steps: its mode, and how its gradients are dropped."""
-        model.train()
-        model.__dict__["zero_grad"] = self.drop_gradients
+    def ready(self, model: torch.nn.Module, native: bool) -> None:
+        """Bring a model, which may be wrapped in DDP, into the mode of training. A walk over all modules takes the host
+        ten milliseconds, so it is made once, and again where somebody else may have been at them.
+
+        Args:
+            native: whether nobody but our evaluations and rollouts changes the mode.
+        """
+        if not self.readied:
+            model.__dict__["zero_grad"] = self.drop_gradients
+        if not self.readied or not native or not self.model.training:
+            model.train()
+        self.readied = True
 
     def drop_gradients(self) -> None:
         for parameter in self.trained:
