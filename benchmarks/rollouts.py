@@ -52,7 +52,7 @@ def measure(told: dict[str, Any], point: dict[str, Any], place: Any) -> dict[str
     from opensloth.engine import load
     from opensloth.rollout.generate import generate
     from opensloth.rollout.sampling import Noise, Sampling
-    from opensloth.training.run_grpo import room_for_rollouts, writer
+    from opensloth.training.grpo.run import room_for_rollouts, writer
 
     prepared = open_prepared(Path(told["data"]))
     group, completions, new = point["group"], point["completions"], point["new_tokens"]

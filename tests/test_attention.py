@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opensloth.config.run import SEVEN_LINEARS
 from opensloth.engine import attention, lora
 from opensloth.engine.loss import pack_loss, padded_loss
-from opensloth.training.loader import Batcher
+from opensloth.training.sft.loader import Batcher
 
 VOCABULARY = 97
 WINDOW = 8

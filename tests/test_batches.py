@@ -8,7 +8,7 @@ import pytest
 from opensloth.config.run import GrpoOptions
 from opensloth.data.plan.batches import lay_out
 from opensloth.errors import UserError
-from opensloth.training.prompts import Prompts
+from opensloth.training.grpo.prompts import Prompts
 
 ROWS = 22
 

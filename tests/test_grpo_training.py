@@ -38,10 +38,10 @@ from opensloth.rewards.gold import FAILURES
 from opensloth.rollout import generate as generate_module
 from opensloth.rollout.generate import generate, writer_for
 from opensloth.rollout.sampling import Noise, Sampling
-from opensloth.training import grpo
-from opensloth.training.advice import PATIENCE, Advice
 from opensloth.training.callbacks import Metrics
-from opensloth.training.run_grpo import held_out_prompts
+from opensloth.training.grpo import group_trainer
+from opensloth.training.grpo.advice import PATIENCE, Advice
+from opensloth.training.grpo.run import held_out_prompts
 from tiny import save_tiny_model
 from training_fixtures import end
 
@@ -113,7 +113,7 @@ def stop_while(monkeypatch):
 
     Returns the tokens that were begun when it was asked.
     """
-    inner = grpo.generate
+    inner = group_trainer.generate
 
     def choose(which):
         asked = []
@@ -132,7 +132,7 @@ def stop_while(monkeypatch):
 
             return inner(*arguments, noise=noise, halt=counted, **more)
 
-        monkeypatch.setattr(grpo, "generate", generate_and_signal)
+        monkeypatch.setattr(group_trainer, "generate", generate_and_signal)
         return asked
 
     yield choose
@@ -264,7 +264,7 @@ def test_what_the_sampler_found_too_unlikely_weighs_more(here, monkeypatch, fact
 
     job = (*OWN, "--max-steps", 1, "--max-grad-norm", 100, "--force")
     train(*job, "--output", "exact")
-    monkeypatch.setattr("opensloth.training.run_grpo.recorded", shifted)
+    monkeypatch.setattr("opensloth.training.grpo.run.recorded", shifted)
     train(*job, "--batch-size", 5, "--output", "shifted")
     (exact,), (found,) = metrics(here / "exact"), metrics(here / "shifted")
     assert exact["importance/mean"] == 1
@@ -603,7 +603,7 @@ def test_a_fault_is_told_with_the_rows_of_its_own_step():
     """Losses are looked at when they are logged, which may be some steps later."""
     prompts = [{"prompts": [SimpleNamespace(row_id=row) for row in rows]} for rows in ([7, 7, 3, 3], [5, 5, 9, 9])]
     trainer = SimpleNamespace(run=SimpleNamespace(prompts=prompts), state=SimpleNamespace(global_step=2))
-    fault = grpo.trainer_class().describe_fault(trainer, (0, [1, 2]), math.inf)
+    fault = group_trainer.trainer_class().describe_fault(trainer, (0, [1, 2]), math.inf)
     assert (fault.step, fault.row_ids) == (1, [3, 7])
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import trl
 
-from opensloth.training import plain_trl
-from opensloth.training.importance import ALIKE, CAP, Gaps, corrected, weights
-from opensloth.training.micro_batches import StepFigures
+from opensloth.training.grpo import plain_trl
+from opensloth.training.grpo.importance import ALIKE, CAP, Gaps, corrected, weights
+from opensloth.training.grpo.micro_batches import StepFigures
 
 
 def test_a_weight_is_the_ratio_of_probabilities_up_to_the_cap():

@@ -1,6 +1,7 @@
 """The rules of the house in docs/design.md: imports go down, heavy libraries stay in the rooms that may have them."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_imports_go_down(path: Path) -> None:
         parts = target.split(".")
         if parts[0] == "opensloth" and len(parts) > 1 and parts[1] in MAY_IMPORT:
             assert parts[1] in allowed, f"{name} imports {target}, which is not below it"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if dotted(p).startswith("training")], ids=dotted)
+def test_the_methods_know_nothing_of_each_other_and_what_they_share_knows_neither(path: Path) -> None:
+    methods = {"sft", "grpo"}
+    own = dotted(path).split(".")[1:2]
+    targets = imported(ast.parse(path.read_text(encoding="utf-8")))
+    known = {target.split(".")[2] for target in targets if re.match(r"opensloth\.training\.(sft|grpo)\b", target)}
+    assert known & methods <= set(own)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)

@@ -7,8 +7,8 @@ import torch
 from opensloth.engine.policy import lay_out
 from opensloth.training import gradient_sync
 from opensloth.training.gradient_sync import Buckets, GradientSync, SyncSeconds, seconds_of
+from opensloth.training.grpo.micro_batches import Share, cut, load_of
 from opensloth.training.load import Load, evenness
-from opensloth.training.micro_batches import Share, cut, load_of
 
 PROMPTS, COMPLETIONS = np.array([7, 7, 7, 7, 3, 3, 3, 3]), np.array([5, 9, 1, 4, 2, 8, 6, 1])
 GROUP = 4

@@ -11,7 +11,7 @@ from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
 from opensloth.engine import attention
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
-from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training.sft.loader import Batcher, Steps, eval_packs
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from training_fixtures import write_rows
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from opensloth.training.micro_batches import cut
+from opensloth.training.grpo.micro_batches import cut
 
 PROMPTS = np.array([10, 10, 10, 4, 4, 4, 20, 20, 20])
 COMPLETIONS = np.array([5, 1, 7, 3, 3, 9, 2, 2, 2])

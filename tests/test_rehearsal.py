@@ -7,7 +7,8 @@ from opensloth.engine import attention
 from opensloth.engine.model import Engine
 from opensloth.engine.policy import packed
 from opensloth.errors import WorkerFailed
-from opensloth.training.rehearsal import grpo_attempt, largest_that_fits
+from opensloth.training.grpo.run import largest_pack
+from opensloth.training.rehearsal import largest_that_fits
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -39,7 +40,7 @@ def test_the_rehearsal_of_completions_fills_the_pack():
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     engine = Engine("native", model, tokenizer, None, True, torch.float32, False, [])
-    attempt = grpo_attempt(engine, packed, prompt=20, max_new=8, device=torch.device("cpu"))
+    attempt = largest_pack(engine, packed, prompt=20, max_new=8, device=torch.device("cpu"))
     attempt(100).backward()
     attempt(1).backward()  # a pack holds one completion in any case
     assert seen == [20 + 10 * 8, 20 + 8]

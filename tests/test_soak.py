@@ -11,7 +11,7 @@ import pytest
 
 import kills
 from grpo_fixtures import LETTERS, PROBLEMS, metrics, rollouts, train
-from opensloth.training import grpo
+from opensloth.training.grpo import group_trainer
 
 SEED = 4
 DISTURBING = """
@@ -19,9 +19,9 @@ import os
 import signal
 from pathlib import Path
 
-from opensloth.training import grpo
+from opensloth.training.grpo import group_trainer
 
-inner = grpo.generate
+inner = group_trainer.generate
 
 
 def generate(*arguments, noise, halt, **more):
@@ -40,7 +40,7 @@ def generate(*arguments, noise, halt, **more):
 
 
 WHEN = {3: "SIGKILL", 11: "SIGINT"}
-grpo.generate = generate
+group_trainer.generate = generate
 """  # process 1, while it writes the third token of a batch, once each
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers are found in /proc")
@@ -89,7 +89,7 @@ def test_a_killed_process_is_restarted_and_ctrl_c_of_one_drops_the_completions_o
     assert logged[0] == logged[1][:11]
 
     monkeypatch.chdir(own)
-    monkeypatch.setattr(grpo, "generate", grpo.generate)  # rewards.py puts its own there
+    monkeypatch.setattr(group_trainer, "generate", group_trainer.generate)  # rewards.py puts its own there
     job = (*kills.COMMANDS["grpo"][1:], "--max-steps", steps, "--save-steps", 2)
     said = train(*job, "--processes", 1, "--output", "run")
     assert "processes: 2 before, 1 now" in said

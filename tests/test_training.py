@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from opensloth.data.prepared.directory import open_prepared
 from opensloth.engine import lora
 from opensloth.errors import WorkerFailed
-from opensloth.training import run_sft
 from opensloth.training.callbacks import Metrics, check_equal
-from opensloth.training.loader import Batcher
+from opensloth.training.sft import run as run_sft
+from opensloth.training.sft.loader import Batcher
 from opensloth.training.stopping import StopOnSignal
 from tiny import save_tiny_model
 from training_fixtures import SECRET, begin, call, end, environment, sft, wait_for, write_rows  # noqa: F401

@@ -29,7 +29,9 @@ from opensloth.errors import BEYOND_TOLERANCE, USER_ERROR
 from opensloth.evaluation import equality
 from opensloth.launch import run_directory
 from opensloth.launch.world import World
-from opensloth.training import grpo, sft, worker
+from opensloth.training import worker
+from opensloth.training.grpo import group_trainer
+from opensloth.training.sft import pack_trainer
 from training_fixtures import as_a_worker, environment
 
 MOST = 3  # processes
@@ -38,7 +40,7 @@ PATIENCE = 120  # seconds for one run
 
 def mean_of_means(patch):
     """Each process takes the mean over its own trained tokens, and DDP the mean of these."""
-    made = sft.trainer_class
+    made = pack_trainer.trainer_class
 
     def trainer_class():
         class Wrong(made()):
@@ -49,10 +51,10 @@ def mean_of_means(patch):
 
         return Wrong
 
-    patch.setattr(sft, "trainer_class", trainer_class)
+    patch.setattr(pack_trainer, "trainer_class", trainer_class)
 
 
-def dropped_gradient(patch, module=sft):
+def dropped_gradient(patch, module=pack_trainer):
     """The last process takes part in the synchronization with gradients of 0."""
     made = module.trainer_class
 
@@ -72,7 +74,7 @@ def dropped_gradient(patch, module=sft):
     patch.setattr(module, "trainer_class", trainer_class)
 
 
-def second_sharding(patch, module=sft):
+def second_sharding(patch, module=pack_trainer):
     """accelerate divides each process's own steps among the processes once more."""
     made = module.trainer_class
 
@@ -88,7 +90,7 @@ def second_sharding(patch, module=sft):
 
 def stray_weight(patch):
     """The last process changes a weight behind the others' backs, once the gradients were averaged."""
-    made = sft.trainer_class
+    made = pack_trainer.trainer_class
 
     def trainer_class():
         class Wrong(made()):
@@ -101,27 +103,27 @@ def stray_weight(patch):
 
         return Wrong
 
-    patch.setattr(sft, "trainer_class", trainer_class)
+    patch.setattr(pack_trainer, "trainer_class", trainer_class)
 
 
 def mean_of_means_of_grpo(patch):
     """TRL's own mean over the tokens of each process's micro-batch, in place of the batch's."""
-    weighted = grpo.weighted
+    weighted = group_trainer.weighted
 
     def equally(parts, batch, loss, processes):
         micro = weighted(parts, batch, loss, processes)
         batch["num_items_in_batch"] = batch["completion_mask"].sum() * processes
         return micro
 
-    patch.setattr(grpo, "weighted", equally)
+    patch.setattr(group_trainer, "weighted", equally)
 
 
 def dropped_gradient_of_grpo(patch):
-    dropped_gradient(patch, grpo)
+    dropped_gradient(patch, group_trainer)
 
 
 def second_sharding_of_grpo(patch):
-    second_sharding(patch, grpo)
+    second_sharding(patch, group_trainer)
 
 
 FAULTS = {

@@ -23,8 +23,9 @@ def report(result: "Result", as_json: bool) -> None:
     lines += [(name.replace("_", " "), figure(value)) for name, value in shown(result.metrics)]
     if (board := result.output / "tensorboard").is_dir():
         lines.append(("watch it", f"tensorboard --logdir {shlex.quote(str(board))}"))
+    width = max(len(name) for name, _ in lines) + 2
     for name, text in lines:
-        print(log.printable(f"{name:<18}{text}"))
+        print(log.printable(f"{name:<{width}}{text}"))
 
 
 def shown(metrics: dict[str, Any]) -> list[tuple[str, Any]]:

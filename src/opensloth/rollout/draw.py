@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 512  # tokens
+from opensloth.rollout.sampling import BLOCK
+
 TOGETHER = 8  # blocks that a program of the first kernel reads
 WARPS = 4
 

@@ -11,13 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opensloth import log, paths
-from opensloth.data.plan.batches import Batches
 from opensloth.engine.lora import weights_hash
 from opensloth.errors import WorkerFailed
 from opensloth.launch import pulse
 from opensloth.training.everyone import of_all
-from opensloth.training.load import evenness
-from opensloth.training.loader import Steps
 
 LINE_SECONDS = 1.0  # between two lines for the person
 
@@ -106,56 +103,6 @@ class Metrics(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.writer:
             self.writer.close()
-
-
-class StepsMetrics(Metrics):
-    """Of SFT: real tokens a second, and how full and even the packs of all processes are."""
-
-    def __init__(self, run_dir: Path, steps: Steps, device: torch.device, tensorboard: bool) -> None:
-        super().__init__(run_dir, steps.plan.epoch, device, tensorboard)
-        self.steps = steps
-
-    def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
-        logs["tokens_per_second"] = round(sum(map(self.steps.plan.tokens, steps)) / seconds, 1)
-        logs |= evenness(list(map(self.steps.loads, steps)))
-
-    def line(self, logs: dict[str, Any]) -> str:
-        return f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
-
-    def eval_line(self, logs: dict[str, Any]) -> str:
-        return f"eval loss {logs['eval_loss']:.4f}"
-
-
-class BatchesMetrics(Metrics):
-    """Of GRPO: completion tokens a second, everything that a step does counted."""
-
-    def __init__(self, run_dir: Path, plan: Batches, group_size: int, device: torch.device, tensorboard: bool) -> None:
-        super().__init__(run_dir, plan.epoch, device, tensorboard)
-        self.plan = plan
-        self.group_size = group_size
-
-    def add_speed(self, logs: dict[str, Any], steps: range, seconds: float) -> None:
-        batches = {self.plan.at(step) for step in steps}
-        completions = sum(len(self.plan.batches[batch]) for batch in batches) * self.group_size
-        if "seconds/train" in logs:
-            known = sum(logs.get(f"seconds/{part}", 0.0) for part in ("rollout", "wait", "rewards", "train"))
-            logs["seconds/other"] = round(max(0.0, logs["seconds/step"] - known), 4)
-        if "completions/mean_length" in logs:
-            logs["tokens_per_second"] = round(logs["completions/mean_length"] * completions / seconds, 1)
-
-    def line(self, logs: dict[str, Any]) -> str:
-        if "reward" not in logs:  # one more step on completions that were logged before
-            return f"loss {logs['loss']:.4f}  {logs['seconds/step']:.1f} s"
-        parts = [f"reward {logs['reward']:.3f}"]
-        if "pass_rate" in logs:
-            parts.append(f"right {logs['pass_rate']:.1%}")
-        parts.append(f"length {logs['completions/mean_length']:.0f}")
-        return "  ".join([*parts, f"{logs['seconds/step']:.1f} s"])
-
-    def eval_line(self, logs: dict[str, Any]) -> str:
-        if "eval_pass_at_1" not in logs:
-            return f"held out: reward {logs['eval_reward']:.3f}"
-        return f"held out: {logs['eval_pass_at_1']:.1%} right, {logs['eval_format_rate']:.1%} in the format"
 
 
 class Alive(TrainerCallback):

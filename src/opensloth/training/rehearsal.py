@@ -7,19 +7,15 @@ step trains on does not depend on the size of its packs, so a smaller one costs 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from opensloth import log
-from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine
 from opensloth.engine.compiled import eager
 from opensloth.engine.memory import MemoryPlan
-from opensloth.engine.policy import TokenScores
 from opensloth.errors import WorkerFailed
 from opensloth.training.everyone import of_all
-from opensloth.training.loader import Batcher
 from opensloth.training.trl_args import CHECKPOINTING
 
 Attempt = Callable[[int], torch.Tensor]
@@ -69,32 +65,3 @@ def largest_that_fits(tokens: int, smallest: int, fits: Callable[[int], bool]) -
             )
         tokens = max(tokens // 2, smallest)
     return tokens
-
-
-def sft_attempt(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:
-    """A pack of the rows with the most trained tokens: they make the most logits."""
-    order = np.argsort(-prepared.trained, kind="stable")
-
-    def attempt(tokens: int) -> torch.Tensor:
-        rows, room = [], tokens
-        for row in order.tolist():
-            if prepared.lengths[row] <= room:
-                rows.append(row)
-                room -= int(prepared.lengths[row])
-        batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batcher(rows).items()}
-        return engine.loss(engine.model, batch)
-
-    return attempt
-
-
-def grpo_attempt(
-    engine: Engine, scores: Callable[..., TokenScores], prompt: int, max_new: int, device: torch.device
-) -> Attempt:
-    """As many completions of `max_new` tokens as fit behind the longest prompt."""
-
-    def attempt(tokens: int) -> torch.Tensor:
-        count = max((tokens - prompt) // max_new, 1)
-        ids = torch.full((count, prompt + max_new), engine.pad_id, device=device)
-        return scores(engine.model, ids, torch.ones_like(ids), max_new, 1.0).logps.sum()
-
-    return attempt

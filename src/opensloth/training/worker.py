@@ -42,7 +42,7 @@ def run(run_dir: Path) -> None:
     from opensloth.training.place import join
 
     place = join(device_name)
-    runner = importlib.import_module(f"opensloth.training.run_{method}")
+    runner = importlib.import_module(f"opensloth.training.{method}.run")
     runner.train(run_dir, job, ref, open_data(record), place)
 
 

@@ -31,13 +31,14 @@ from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
 from opensloth.rollout.store import positions_of_row
 from opensloth.rollout.vllm import VllmWriter, room_of
-from opensloth.training import grpo, held_out, plan
-from opensloth.training.advice import Advice
-from opensloth.training.callbacks import BatchesMetrics
+from opensloth.training import plan
+from opensloth.training.grpo import group_trainer, held_out
+from opensloth.training.grpo.advice import Advice
+from opensloth.training.grpo.metrics import BatchesMetrics
+from opensloth.training.grpo.plain_trl import grpo_config
+from opensloth.training.grpo.prompts import Prompts
 from opensloth.training.place import Place
-from opensloth.training.plain_trl import grpo_config
-from opensloth.training.prompts import Prompts
-from opensloth.training.rehearsal import grpo_attempt, rehearse
+from opensloth.training.rehearsal import Attempt, rehearse
 from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
 from opensloth.training.trl_args import Frame, grpo_args
 
@@ -66,7 +67,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
             log.say(line)
     pack_tokens = chosen.pack_tokens
     if engine.packs_natively and job.batch_size is None:
-        attempt = grpo_attempt(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
+        attempt = largest_pack(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
     if engine.packs_natively and job.compile == "on":
         engine.compile(dynamic=True)
@@ -91,6 +92,19 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
 def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
     """The log-probabilities of completions, as the engine can."""
     return partial(policy.packed if engine.packs_natively else policy.padded, head=engine.head)
+
+
+def largest_pack(
+    engine: Engine, scores: Callable[..., policy.TokenScores], prompt: int, max_new: int, device: torch.device
+) -> Attempt:
+    """As many completions of `max_new` tokens as fit behind the longest prompt."""
+
+    def attempt(tokens: int) -> torch.Tensor:
+        count = max((tokens - prompt) // max_new, 1)
+        ids = torch.full((count, prompt + max_new), engine.pad_id, device=device)
+        return scores(engine.model, ids, torch.ones_like(ids), max_new, 1.0).logps.sum()
+
+    return attempt
 
 
 def left_out(run_dir: Path) -> set[int]:
@@ -118,9 +132,9 @@ def describe_run(
     place: Place,
     decoder: GraphDecoder | VllmWriter | None,
     room: Room | None,
-) -> grpo.Run:
+) -> group_trainer.Run:
     held = held_out_prompts(run_dir, prepared)
-    return grpo.Run(
+    return group_trainer.Run(
         files=run_files(run_dir, job, ref, prepared, engine),
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
@@ -139,7 +153,7 @@ def describe_run(
         release=decoder.release if isinstance(decoder, GraphDecoder) and room and not room.stays else None,
         evaluates=bool(held),
         held_out=held[place.rank :: place.processes],
-        columns=prepared.rows.prompt_columns() - grpo.NOT_FOR_REWARDS,
+        columns=prepared.rows.prompt_columns() - group_trainer.NOT_FOR_REWARDS,
     )
 
 
@@ -207,7 +221,7 @@ def completions_of(job: GrpoJob, place: Place) -> int:
 
 
 def build_trainer(
-    run: grpo.Run, job: GrpoJob, prepared: Prepared, engine: Engine, checkpointing: str, place: Place
+    run: group_trainer.Run, job: GrpoJob, prepared: Prepared, engine: Engine, checkpointing: str, place: Place
 ) -> Any:
     frame = Frame(
         run_dir=run.files.directory,
@@ -225,7 +239,7 @@ def build_trainer(
     model: Any = engine.model
     model.generation_config.eos_token_id = run.stops
     rows = Dataset.from_list([{"prompt": ""}])  # TRL wants one; the prompts come from our loader
-    trainer = grpo.trainer_class()(
+    trainer = group_trainer.trainer_class()(
         run=run,
         model=engine.model,
         reward_funcs=[judge.function for judge in judges],

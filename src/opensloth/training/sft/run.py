@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -12,12 +14,13 @@ from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, choose, load
-from opensloth.training import plan, sft
-from opensloth.training.callbacks import StepsMetrics
-from opensloth.training.loader import Batcher, Steps, eval_packs
+from opensloth.training import plan
 from opensloth.training.place import Place
-from opensloth.training.rehearsal import rehearse, sft_attempt
+from opensloth.training.rehearsal import Attempt, rehearse
 from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
+from opensloth.training.sft import pack_trainer
+from opensloth.training.sft.loader import Batcher, Steps, eval_packs
+from opensloth.training.sft.metrics import StepsMetrics
 from opensloth.training.trainer import RunFiles
 from opensloth.training.trl_args import Frame, sft_args
 
@@ -44,14 +47,30 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     batcher = Batcher(prepared, engine.packs, engine.pad_id)
     pack_tokens = memory.pack_tokens
     if engine.packs and job.batch_size is None:
-        attempt = sft_attempt(prepared, batcher, engine, place.device)
+        attempt = largest_pack(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
     if compiling.value == "on":
         engine.compile(dynamic=False)
         batcher.shape = run.steps.shape(longest)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
-    train_to_the_end(trainer, job, run_dir, place, lambda seconds: sft.figures(trainer, run, seconds))
+    train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
+
+
+def largest_pack(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:
+    """A pack of the rows with the most trained tokens: they make the most logits."""
+    order = np.argsort(-prepared.trained, kind="stable")
+
+    def attempt(tokens: int) -> torch.Tensor:
+        rows, room = [], tokens
+        for row in order.tolist():
+            if prepared.lengths[row] <= room:
+                rows.append(row)
+                room -= int(prepared.lengths[row])
+        batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batcher(rows).items()}
+        return engine.loss(engine.model, batch)
+
+    return attempt
 
 
 def describe_run(
@@ -62,8 +81,8 @@ def describe_run(
     laid_out: Schedule,
     pack_tokens: int,
     place: Place,
-) -> sft.Run:
-    return sft.Run(
+) -> pack_trainer.Run:
+    return pack_trainer.Run(
         files=files,
         steps=Steps(laid_out, batcher, pack_tokens, place.rank, place.processes),
         loss=engine.loss,
@@ -75,7 +94,7 @@ def describe_run(
 
 
 def build_trainer(
-    run: sft.Run, job: SftJob, prepared: Prepared, engine: Engine, checkpointing: str, seed: int, place: Place
+    run: pack_trainer.Run, job: SftJob, prepared: Prepared, engine: Engine, checkpointing: str, seed: int, place: Place
 ) -> Any:
     evaluates = bool(prepared.is_eval.any())
     frame = Frame(
@@ -90,7 +109,7 @@ def build_trainer(
         processes=place.processes,
     )
     rows = Dataset.from_file(str(prepared.rows.path))
-    trainer = sft.trainer_class()(
+    trainer = pack_trainer.trainer_class()(
         run=run,
         model=engine.model,
         args=SFTConfig(**sft_args(job, frame)),

@@ -24,13 +24,13 @@ from opensloth.rollout.generate import Rollout, Write, generate
 from opensloth.rollout.sampling import Noise, Sampling
 from opensloth.training.costs import Costs
 from opensloth.training.everyone import of_all
-from opensloth.training.held_out import HeldOut
-from opensloth.training.host_rows import HostRows, places
-from opensloth.training.importance import Gaps, corrected
+from opensloth.training.grpo.held_out import HeldOut
+from opensloth.training.grpo.host_rows import HostRows, places
+from opensloth.training.grpo.importance import Gaps, corrected
+from opensloth.training.grpo.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
+from opensloth.training.grpo.prompts import Asked, Prompts
+from opensloth.training.grpo.rollouts import KeepsRollouts
 from opensloth.training.load import Load
-from opensloth.training.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
-from opensloth.training.prompts import Asked, Prompts
-from opensloth.training.rollouts import KeepsRollouts
 from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, kept_weights
 
@@ -74,7 +74,7 @@ class Run:
 
 def trainer_class() -> type[Any]:
     """Made on request, because `import unsloth` replaces TRL's classes."""
-    from opensloth.training.plain_trl import grpo_trainer
+    from opensloth.training.grpo.plain_trl import grpo_trainer
 
     class GroupTrainer(KeepsRun, KeepsRollouts, HeldOut, grpo_trainer()):  # type: ignore[misc]
         """TRL's trainer; each item of its loader is the prompts of one batch of completions (`prompts.Asked`)."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from opensloth.training.micro_batches import Sizes
+from opensloth.training.grpo.micro_batches import Sizes
 
 NOTHING = torch.empty(0, 0, dtype=torch.long)
 

@@ -13,8 +13,8 @@ import torch
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.evaluation.score import Judged
 from opensloth.rollout.generate import Rollout
-from opensloth.training.held_out import gathered
-from opensloth.training.prompts import Asked
+from opensloth.training.grpo.held_out import gathered
+from opensloth.training.grpo.prompts import Asked
 from opensloth.training.trainer import RunFiles
 
 

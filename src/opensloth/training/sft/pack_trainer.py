@@ -12,7 +12,7 @@ from opensloth.engine.compiled import eager
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training.costs import Costs
-from opensloth.training.loader import Batcher, Step, Steps
+from opensloth.training.sft.loader import Batcher, Step, Steps
 from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
 

@@ -1,0 +1,1 @@
+"""GRPO: completions of prompts, compared within their groups."""

@@ -1,0 +1,1 @@
+"""SFT: packs of rows, and the mean loss over their trained tokens."""
