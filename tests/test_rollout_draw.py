@@ -71,15 +71,14 @@ def test_rows_may_lie_apart():
 
 
 def test_frequencies_are_the_probabilities():
-    """Chi-square over 40 tokens in three blocks, 39 degrees of freedom: 80.1 is passed once in 10,000 times."""
-    logits = torch.full((1, 1200), -torch.inf)
-    tokens = torch.arange(0, 1200, 30)
-    logits[0, tokens] = rows_of_logits(1, 40)[0] / 3
-    draws = 4000
-    numbers = (torch.arange(draws, dtype=torch.float64) * 0.6180339887498949) % 1
-    shuffled = numbers[torch.randperm(draws, generator=torch.Generator().manual_seed(1))]
-    found, _ = by_kernel(logits.expand(draws, -1), Sampling(), shuffled)
+    """Chi-square over 20 tokens in two blocks, 19 degrees of freedom: 50.8 is passed once in 10,000 times."""
+    tokens = torch.arange(0, 600, 30)
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, tokens] = rows_of_logits(1, 20)[0] / 3
+    draws = 800
+    numbers = torch.rand(draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, _ = by_kernel(logits.expand(draws, -1), Sampling(), numbers)
     expected = logits[0, tokens].softmax(0) * draws
-    counts = torch.bincount(found, minlength=1200)[tokens]
+    counts = torch.bincount(found, minlength=600)[tokens]
     assert int(counts.sum()) == draws
-    assert float(((counts - expected) ** 2 / expected).sum()) < 80.1
+    assert float(((counts - expected) ** 2 / expected).sum()) < 50.8
