@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work = arguments.work.absolute()
+    if Path(arguments.model).is_dir():
+        arguments.model = str(Path(arguments.model).absolute())  # runs train in the folder of --work
     arguments.work.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[argparse.Namespace], None]] = {
         "sft": sft, "grpo": grpo, "trl": trl, "data": on_data, "eval": evaluate,
@@ -232,8 +234,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         answered = [sum(flags) / len(mine) for flags in zip(*(right[name] for name in mine), strict=True)]
         report["differences"][ALL_SEEDS] = asdict(paired_difference(right["sft"], answered))
     report["curves"] = {name: curve(work / name) for name in mine}
-    kind = "h100" if "H100" in machine.card() else "h200" if "H200" in machine.card() else "cpu"
-    output = arguments.output or Path(f"benchmarks/results/reasoning-{kind}.json")
+    output = arguments.output or Path(f"benchmarks/results/reasoning-{machine.kind()}.json")
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["differences"], indent=1))
 
@@ -252,7 +253,7 @@ def finished(run: Path) -> Path | None:
 
 def scores(arguments: argparse.Namespace, name: str, data: str, model: Path) -> dict[str, Any]:
     """What os-eval says of a model, with its verdict on every problem."""
-    kept = arguments.work / "answers" / f"{name.replace(' ', '-')}.json"
+    kept = arguments.work / "answers" / f"{name.replace(' ', '-')}-{model.name}-{arguments.held_out}.json"
     if not kept.exists():
         max_new = MAX_NEW[ARITHMETIC if data == ARITHMETIC else "data"]
         command = [*(sys.executable, "-m", "opensloth.cli.eval", data, "--model", str(model), "--json")]

@@ -128,7 +128,7 @@ def run_all(
     begin = time.monotonic()
     rows, failed = [], []
     for setting in asked:
-        kept = arguments.work / "rows" / f"{setting.name}.json"
+        kept = arguments.work / "rows" / f"{setting.name}-{arguments.steps}-{arguments.skip}.json"
         left = min(arguments.limit, begin + arguments.seconds - time.monotonic())
         if not kept.exists():
             if left < LEAST:

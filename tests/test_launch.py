@@ -250,6 +250,20 @@ print("came to the end")
     assert time.monotonic() - begin < 60
 
 
+def test_a_worker_that_is_done_waits_for_no_thread_and_runs_what_was_registered(
+    tmp_path: Path, worker: Callable[[str], str]
+) -> None:
+    module = worker("""
+import atexit, threading
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(600,)).start()
+""")
+    begin = time.monotonic()
+    logs = run(tmp_path, module, timeout=60) / "logs"
+    assert all((logs / f"rank_{rank}.log").read_text() == "registered\n" for rank in range(2))
+    assert time.monotonic() - begin < 60
+
+
 def test_the_report_of_a_worker_is_the_error_of_the_run(tmp_path: Path, worker: Callable[[str], str]) -> None:
     name = worker(
         "from opensloth.launch import failure\nfrom opensloth.errors import UserError\n"

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef, resolve_model
-from opensloth.engine import attention, choose, memory, native
+from opensloth.engine import attention, choose, fused, memory, native
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
@@ -28,6 +30,21 @@ def model(tmp_path):
 def load(ref: ModelRef, **options):
     job = SftJob(data=Path("data"), **options)
     return native.load(job, ref, seed=1, device=CPU, packing=True)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+def test_on_a_card_all_norms_of_a_16_bit_base_are_one_kernel(tmp_path, monkeypatch, arch):
+    """Only the type of the device is a card's: the model stays where it is."""
+    path = save_tiny_model(tmp_path / "model", arch)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    monkeypatch.setattr(native, "load_base", lambda *_: base)
+    monkeypatch.setattr(native.flash, "use_fastest", lambda *_: "")
+    monkeypatch.setattr(fused, "fuse_rotary", lambda modeling: None)
+    job = SftJob(data=Path("data"), dtype="bfloat16")
+    native.load(job, resolve_model(str(path)), seed=1, device=torch.device("cuda"), packing=True)
+    norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__]
+    assert len(norms) == 2 * base.config.num_hidden_layers * (3 if arch == "gemma3_text" else 2) + 1
+    assert all(isinstance(norm, fused.Normed) for norm in norms)
 
 
 def as_pickle(weights: Path, name: str) -> None:
@@ -49,6 +66,15 @@ def test_an_adapter_that_only_exists_as_a_pickle_is_refused(model, tmp_path):
     load(ref)
     as_pickle(adapter / "adapter_model.safetensors", "adapter_model.bin")
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        load(ref)
+
+
+@pytest.mark.parametrize("special", [{"bias": "all"}, {"lora_bias": True}])
+def test_an_adapter_that_trains_biases_is_refused(model, tmp_path, special):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **special)).save_pretrained(tmp_path / "adapter")
+    ref = ModelRef("adapter", str(model), None, tmp_path / "adapter", "adapter")
+    with pytest.raises(UserError, match="trains biases too"):
         load(ref)
 
 

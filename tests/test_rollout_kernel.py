@@ -102,6 +102,17 @@ def test_heads_that_the_kernel_turns_write_the_same(arch):
     assert not any("forward" in vars(layer) for layer in decoder.turned)
 
 
+def test_what_recorded_steps_read_stays_where_it_is():
+    """Gemma's norms multiply by one plus their weight, a tensor of its own."""
+    model, decoder = turnable("gemma3_text"), GraphDecoder(SharedPrompts)
+    forwards = []
+    for _ in range(2):
+        generate(model, PROMPTS[:2], write=decoder, **settings(2, max_new=3))
+        forwards.append(dict(decoder.turned))
+    assert forwards[0] == forwards[1]
+    assert all(forward is forwards[1][layer] for layer, forward in forwards[0].items())
+
+
 @pytest.mark.parametrize("change", ["norms", "angles"])
 def test_a_layer_that_does_something_else_keeps_its_own_forward(change, monkeypatch):
     """It is found out by its parts, or where these look alike, by what it computes."""
@@ -120,5 +131,5 @@ def test_a_layer_that_does_something_else_keeps_its_own_forward(change, monkeypa
         )
     plain = generate(model, PROMPTS, **settings(5, max_new=12))
     ours = generate(model, PROMPTS, write=decoder, **settings(5, max_new=12))
-    assert decoder.turned == []
+    assert decoder.turned == {}
     assert [one.ids for one in plain] == [one.ids for one in ours]

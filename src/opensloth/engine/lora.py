@@ -69,6 +69,7 @@ def take_over(model: PreTrainedModel, adapter: Path) -> PeftModel:
             warnings.simplefilter("ignore")  # peft only warns where weights are missing
             config = PeftConfig.from_pretrained(str(adapter))
             if isinstance(config, LoraConfig):
+                check_biases(adapter, config)
                 config = with_our_layers(config, model)
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config)
             found = adapted.load_adapter(str(adapter), "default", is_trainable=True)  # tells which weights matched
@@ -86,6 +87,14 @@ def check_weights(adapter: Path) -> None:
     """Raise UserError for an adapter without safetensors: peft would read it from a pickle."""
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"The adapter {adapter} has no {WEIGHTS}.", "Save its weights as safetensors.")
+
+
+def check_biases(adapter: Path, config: LoraConfig) -> None:
+    """Raise UserError for an adapter that changes biases: merging for a rollout puts back weights alone."""
+    if config.bias != "none" or config.lora_bias:
+        raise UserError(
+            f"The adapter {adapter} trains biases too, which is not supported.", "Name an adapter without them."
+        )
 
 
 def in_float32(model: PeftModel) -> PeftModel:

@@ -37,12 +37,12 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     set_attention(model, packs)
     if packs and device.type == "cuda":
         notes.append(f"attention over packs: {flash.use_fastest(model.config, device, dtype)}")
-    if job.load_in_4bit or job.load_in_8bit:
+    if not job.full_finetuning:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
         model.requires_grad_(False)
-    if device.type == "cuda" and not job.full_finetuning:
-        fuse(model)
+        if device.type == "cuda":
+            fuse(model)  # it leaves alone what trains
     trained = with_adapter(model, job, ref, seed, notes)
     if head is not None and model.get_output_embeddings() is not head.linear:
         head, why = None, "its head has an adapter"

@@ -4,6 +4,7 @@ It sends all output to the worker's log, ties the worker's life to its launcher'
 the report that the launcher reads. Not for processes of a plain torchrun, which has its own logs.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -69,11 +70,14 @@ def main() -> None:
         watch.finish()
         # torch elastic would end the other processes, which may still be writing the checkpoint, after a code over 0;
         # the report tells the launcher that this was a stop.
-        sys.exit(0)
+        code = 0
+        atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # a communicator that lost its peers can block a normal exit for minutes
+    # A normal exit waits for a communicator that lost its peers, for minutes. And now and then it aborts a process that
+    # had done all it had to: where a thread of gloo's lets go of a Python object while Python goes away.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def claim_device() -> str:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     if "LOCAL_RANK" in os.environ:
         os.environ["LOCAL_RANK"] = "0"  # the number of this process's card among those that it sees
+    os.environ["OPENSLOTH_DEVICE"] = "cuda:0"  # asked once more, this process has claimed it
     return "cuda:0"
 
 

@@ -26,7 +26,7 @@ from opensloth.rollout.decode import Halt, attention_by, go_on, lay_out, never, 
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
 from opensloth.rollout.store import Make, OwnRows, SharedPrompts, Store, bucket, why_not_shared
-from opensloth.rollout.turn import attention_layers, turning
+from opensloth.rollout.turn import Forwards, forwards, turning
 
 CHECK_EVERY = 8  # steps between two looks at whether all completions have ended: each waits for the card
 WARM_UP = 2  # steps made plainly before one is recorded: libraries choose and load their kernels in them
@@ -119,7 +119,7 @@ class GraphDecoder:
         self.longest = longest
         self.buffers: Buffers | None = None
         self.merge = Merge()
-        self.turned: list[Any] | None = None  # attention layers whose heads the kernel turns, once that was tried
+        self.turned: Forwards | None = None  # of attention whose heads the kernel turns, once that was tried
 
     def __call__(
         self,
@@ -256,14 +256,14 @@ def logits_of(policy: torch.nn.Module, state: Buffers, span: int) -> torch.Tenso
     return logits
 
 
-def turned(policy: torch.nn.Module, state: Buffers, span: int) -> list[Any]:
-    """The attention layers of a model whose heads the kernel may turn; none where that computes something else."""
-    layers = attention_layers(policy) if isinstance(state.store, SharedPrompts) else []
-    if not layers:
-        return []
+def turned(policy: torch.nn.Module, state: Buffers, span: int) -> Forwards:
+    """Forwards of the attention layers of a model; none where they compute something else."""
+    found = forwards(policy) if isinstance(state.store, SharedPrompts) else {}
+    if not found:
+        return {}
     expected = logits_of(policy, state, span)
-    with turning(layers):  # keys and values are written once more, to the same place
-        return layers if same(logits_of(policy, state, span), expected) else []
+    with turning(found):  # keys and values are written once more, to the same place
+        return found if same(logits_of(policy, state, span), expected) else {}
 
 
 def smallest(rows: int, needed: int) -> int:

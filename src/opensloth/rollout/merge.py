@@ -50,7 +50,7 @@ class Merge:
         if fits(layers) and all(map(folds, layers.values())):
             self.fused = [Fused(group) for group in grouped(layers)]
         else:
-            self.saved = copies(layers)
+            self.saved = copies(layers, on_card=fits(layers))
 
 
 class Fused:
@@ -142,11 +142,10 @@ def put_back(layers: dict[str, Any], saved: dict[str, torch.Tensor]) -> Iterator
             layer.merged_adapters.clear()
 
 
-def copies(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The layers' base weights once more: on the card where there is room, else in the machine's memory."""
+def copies(layers: dict[str, Any], on_card: bool) -> dict[str, torch.Tensor]:
+    """The layers' base weights once more, beside themselves or in the machine's memory."""
     weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
-    fit = fits(layers)
-    return {name: weight.to(weight.device if fit else "cpu", copy=True) for name, weight in weights.items()}
+    return {name: weight.to(weight.device if on_card else "cpu", copy=True) for name, weight in weights.items()}
 
 
 def fits(layers: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ projections than norms of heads, if any, and rotary positions by halves; `GraphD
 keeps it if the logits come out the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +14,18 @@ import torch
 from opensloth.engine.fused import Normed, epsilon_of
 from opensloth.engine.lora import base_of
 
+Forwards = dict[Any, Callable[..., Any]]
+"""Attention layers, each with another forward. It is made once: what recorded steps read must outlive the recording."""
+
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 
 
-def attention_layers(policy: torch.nn.Module) -> list[Any]:
-    """The attention of each layer of a model; none where one of them has other parts."""
+def forwards(policy: torch.nn.Module) -> Forwards:
+    """For the attention of each layer of a model; none where one of them has other parts."""
     base: Any = base_of(policy)
     found = [getattr(layer, "self_attn", None) for layer in base.get_decoder().layers]
-    return found if all(map(serves, found)) else []
+    return {layer: forward_of(layer) for layer in found} if all(map(serves, found)) else {}
 
 
 def serves(layer: Any) -> bool:
@@ -38,15 +41,15 @@ def serves(layer: Any) -> bool:
 
 
 @contextmanager
-def turning(layers: Sequence[Any]) -> Iterator[None]:
-    """Attention over shared prompts by the other forward, in these layers."""
+def turning(forwards: Forwards) -> Iterator[None]:
+    """Attention over shared prompts by the other forwards."""
     try:
-        for layer in layers:
-            layer.forward = forward_of(layer)  # of the instance: it goes before the class's method
+        for layer, forward in forwards.items():
+            layer.forward = forward  # of the instance: it goes before the class's method
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for layer in forwards:
+            layer.__dict__.pop("forward", None)
 
 
 def forward_of(layer: Any) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class VllmWriter:
             max_num_seqs=self.completions,
         )
         self.layers = adapted(policy)
-        self.bases = copies(self.layers)
+        self.bases = copies(self.layers, on_card=False)  # what vLLM leaves of the card is counted for training
 
     def __call__(
         self,

@@ -13,20 +13,26 @@ import torch.distributed as dist
 from opensloth import log
 from opensloth.engine import Engine
 from opensloth.engine.compiled import eager
+from opensloth.engine.lora import trainable
 from opensloth.engine.memory import MemoryPlan
 from opensloth.errors import WorkerFailed
 from opensloth.training.everyone import of_all
 from opensloth.training.trl_args import CHECKPOINTING
 
+MOMENTS = 8  # bytes for each parameter that trains: two of fp32
+
 Attempt = Callable[[int], torch.Tensor]
 """The loss of a micro-batch of at most so many tokens, the largest there can be, ready for its backward pass."""
 
 
-def rehearse(engine: Engine, plan: MemoryPlan, longest: int, device: torch.device, attempt: Attempt) -> int:
+def rehearse(
+    engine: Engine, plan: MemoryPlan, longest: int, device: torch.device, attempt: Attempt, kept: int = 0
+) -> int:
     """Tokens of a pack that fit: those of the plan, or half of them as often as needed. Only cards run out so.
 
     Args:
         longest: tokens of the longest row, which must fit in any case.
+        kept: bytes that something else will take; so will the optimizer's moments. Both are held meanwhile.
     Raises:
         WorkerFailed: not even the longest row fits.
     """
@@ -36,12 +42,15 @@ def rehearse(engine: Engine, plan: MemoryPlan, longest: int, device: torch.devic
     if plan.checkpointing != "none":  # the trainer does so too, later
         model.gradient_checkpointing_enable(CHECKPOINTING[plan.checkpointing])
     model.train()
+    kept += MOMENTS * sum(parameter.numel() for parameter in trainable(model).values())
 
     def fits(tokens: int) -> bool:
         try:
+            held = torch.empty(kept, dtype=torch.uint8, device=device)
             with eager(), torch.autocast(device.type, engine.dtype, enabled=engine.autocast):
                 loss = attempt(tokens)
             loss.backward()  # type: ignore[no-untyped-call]
+            del held
             return True
         except torch.OutOfMemoryError:
             return False

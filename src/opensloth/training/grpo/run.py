@@ -68,7 +68,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     pack_tokens = chosen.pack_tokens
     if engine.packs_natively and job.batch_size is None:
         attempt = largest_pack(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
-        pack_tokens = rehearse(engine, chosen, longest, place.device, attempt)
+        pack_tokens = rehearse(engine, chosen, longest, place.device, attempt, room.kept if room else 0)
     if engine.packs_natively and job.compile == "on":
         engine.compile(dynamic=True)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
