@@ -61,7 +61,7 @@ def measure(told: dict[str, Any], point: dict[str, Any], place: Any) -> dict[str
     longest = int(prepared.lengths.max()) + new
     ref = resolve_model(told["model_directory"])
     engine = load(job, ref, seed=0, device=place.device, packing=True, longest=longest)
-    decoder = writer(job, engine, place, longest)
+    decoder = writer(job, ref, engine, place, longest)
     room = room_for_rollouts(job, engine, decoder, place, longest, False) if decoder else None
     at_once = room.rows if room else None
     prompts = [prepared.rows.prompt(row // group).input_ids for row in range(completions)]

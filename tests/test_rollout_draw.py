@@ -70,6 +70,13 @@ def test_rows_may_lie_apart():
     )
 
 
+def test_numbers_may_lie_apart():
+    logits = rows_of_logits(4, 1500)
+    numbers = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected, _ = choose(logits, Sampling(), numbers[:, 1])
+    assert torch.equal(by_kernel(logits, Sampling(), numbers[:, 1])[0], expected)
+
+
 def test_frequencies_are_the_probabilities():
     """Chi-square over 20 tokens in two blocks, 19 degrees of freedom: 50.8 is passed once in 10,000 times."""
     tokens = torch.arange(0, 600, 30)

@@ -8,6 +8,7 @@ from opensloth.engine.fused import fuse_norm
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import CHECK_EVERY, GraphDecoder
 from opensloth.rollout.store import OwnRows, SharedPrompts, positions_of_row, why_not_shared
+from opensloth.rollout.turn import forwards
 from test_rollout_graph import PROMPTS, policy, settings
 
 pytestmark = needs_triton
@@ -105,12 +106,22 @@ def test_heads_that_the_kernel_turns_write_the_same(arch):
 def test_what_recorded_steps_read_stays_where_it_is():
     """Gemma's norms multiply by one plus their weight, a tensor of its own."""
     model, decoder = turnable("gemma3_text"), GraphDecoder(SharedPrompts)
-    forwards = []
+    seen = []
     for _ in range(2):
         generate(model, PROMPTS[:2], write=decoder, **settings(2, max_new=3))
-        forwards.append(dict(decoder.turned))
-    assert forwards[0] == forwards[1]
-    assert all(forward is forwards[1][layer] for layer, forward in forwards[0].items())
+        seen.append(dict(decoder.turned))
+    assert all(forward is seen[1][layer] for layer, forward in seen[0].items())
+    assert seen[0]
+
+
+@pytest.mark.parametrize("special", [{"clip_qkv": 8.0}, {"rope_parameters": {"llama_4_scaling_beta": 0.1}}])
+def test_what_a_trial_need_not_show_is_left_alone(special):
+    model = turnable("llama")
+    layers = model.get_base_model().get_decoder().layers
+    assert len(forwards(model)) == len(layers)
+    for name, value in special.items():
+        setattr(model.config, name, value)
+    assert forwards(model) == {}
 
 
 @pytest.mark.parametrize("change", ["norms", "angles"])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_fixtures import BATCH, make_adapter, make_place, metrics, record, rollouts, train
+from grpo_fixtures import BATCH, MAX_NEW, make_adapter, make_place, metrics, record, rollouts, train
 from opensloth.cli import program
 from opensloth.cli import train as train_cli
+from opensloth.errors import UserError
 from opensloth.rollout.merge import adapted, copies, put_back
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
@@ -39,7 +40,8 @@ def with_stand_in(*arguments):
     """The real `os-grpo`, on a machine where `import vllm` finds the stand-in."""
     path = os.pathsep.join([str(STAND_IN), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "opensloth.cli.grpo", *map(str, arguments)]
-    return subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=240)
+    own = {"PYTHONPATH": path, "VLLM_STAND_IN": str(Path.cwd())}
+    return subprocess.run(command, env=environment(**own), capture_output=True, text=True, timeout=240)
 
 
 def test_a_run_trains_on_completions_of_vllm(here):
@@ -47,6 +49,9 @@ def test_a_run_trains_on_completions_of_vllm(here):
     arguments = ("one-held", "--model", "adapter", *BATCH, "--rewards", "rewards.py:letters", "--processes", 2)
     done = with_stand_in(*arguments, "--max-steps", 2, "--rollout", "vllm", "--output", "run")
     assert done.returncode == 0, done.stdout + done.stderr
+    started = [record(here, f"{rank}.json") for rank in (0, 1)]
+    assert [Path(one["model"]) for one in started] == [here / "model"] * 2
+    assert [(one["max_num_seqs"], one["max_model_len"]) for one in started] == [(12, 43 + MAX_NEW)] * 2
     # the weights that vLLM got are the policy's: it finds the same probabilities
     gaps = [entry["logp_gap/max"] for entry in metrics(here / "run", "logp_gap/max")]
     assert len(gaps) == 2
@@ -103,6 +108,11 @@ def test_the_share_of_a_card(completions, row, weights, share):
     assert room.rows == completions
     assert room.kept / (80 * GIB) == pytest.approx(share, abs=1e-6)
     assert OWN + weights < room.kept
+
+
+def test_a_card_without_room_for_the_weights_is_told():
+    with pytest.raises(UserError, match=r"16\.0 GiB, leave too little of the card's 24\.0 GiB"):
+        room_of(64, GIB // 16, 16 * GIB, 24 * GIB)
 
 
 def test_without_vllm_the_way_out_is_named(here, capsys):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.attention as torch_attention
+import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from opensloth.engine import attention
@@ -97,7 +98,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def computed(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, window: int | None
 ) -> list[torch.Tensor]:
-    """The attention of three rows with the model's heads, and its gradients."""
+    """The attention of three rows with the model's heads, its gradients, and that of all as one row."""
     text = config.get_text_config()
     heads, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     chooser = torch.Generator(device).manual_seed(0)
@@ -110,4 +111,7 @@ def computed(
     rows = attention.Boundaries(ends, ends, max(LENGTHS), max(LENGTHS))
     with torch.enable_grad():
         out = attention.flash_varlen(q, k, v, rows, None, window)
-        return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+        gradients = torch.autograd.grad(out, inputs, upstream)
+    # torch puts it into scaled-dot-product attention too, which prompts go through
+    query, key, value = (x.detach().transpose(0, 1)[None].repeat_interleave(heads // x.shape[1], 1) for x in inputs)
+    return [out.detach(), *gradients, F.scaled_dot_product_attention(query, key, value, is_causal=True)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 TRITON = importlib.util.find_spec("triton") is not None
+MOST_HEADS = 256  # that one program normalizes
 TOLERANCE = 0.02  # of the largest value: roundings of 16 bits stand in other places
 
 
@@ -44,9 +45,17 @@ class Normed:
 
 
 def apart(x: torch.Tensor) -> bool:
-    """Whether x is on a card and in pieces that torch's norm would copy together first, and no gradient is wanted."""
-    pieces = x.is_cuda and x.dim() > 2 and not x.is_contiguous() and x.stride(-1) == 1
-    return pieces and TRITON and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether x is on a card, the heads of a token beside each other and tokens apart, so that torch's norm would copy
+    it first, and no gradient is wanted."""
+    heads = x.dim() > 2 and x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] and x.shape[-2] <= MOST_HEADS
+    return (
+        x.is_cuda
+        and heads
+        and not x.is_contiguous()
+        and TRITON
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def epsilon_of(module: Any) -> Any:

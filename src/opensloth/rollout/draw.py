@@ -40,7 +40,7 @@ def choose_whole(
     chosen = torch.empty(rows, dtype=torch.long, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _draw[(rows,)](
-        logits, most, sums, most if uniforms is None else uniforms, chosen, logprobs,
+        logits, most, sums, most if uniforms is None else uniforms.contiguous(), chosen, logprobs,
         vocabulary, blocks, logits.stride(0), temperature,
         GREEDY=uniforms is None, BLOCKS=triton.next_power_of_2(blocks), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

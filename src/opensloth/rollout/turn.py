@@ -31,6 +31,9 @@ def forwards(policy: torch.nn.Module) -> Forwards:
 def serves(layer: Any) -> bool:
     if layer is None or not all(hasattr(layer, name) for name in ("head_dim", "scaling", "layer_idx")):
         return False
+    config = getattr(layer, "config", None)
+    if getattr(config, "clip_qkv", None) or "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        return False  # values are cut, or scaled by their position: one trial need not show it
     parts = {name for name, _ in layer.named_children()}
     if parts - NORMS != PROJECTIONS or len(parts & NORMS) == 1:
         return False

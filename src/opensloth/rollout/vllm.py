@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opensloth import log
+from opensloth.engine.lora import base_of
+from opensloth.engine.memory import GIB
+from opensloth.errors import UserError
 from opensloth.rollout.decode import Halt, go_on, never
 from opensloth.rollout.merge import adapted, copies, put_back
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
 
-OWN = 4 * 2**30  # bytes that vLLM takes beside weights, keys and values: activations, its recordings
+OWN = 4 * GIB  # bytes that vLLM takes beside weights, keys and values: activations, its recordings
 SHARE = 0.05  # of a card: what vLLM takes is a multiple of it
 MOST_OF_A_CARD = 0.6
 
@@ -28,7 +30,15 @@ def room_of(completions: int, row_bytes: int, weights: int, total: int) -> Room:
     """What vLLM takes of a card of `total` bytes and keeps: weights, room for all completions, and OWN.
 
     At most MOST_OF_A_CARD: completions that do not fit wait in vLLM's own queue.
+
+    Raises UserError where not even the weights fit.
     """
+    if weights + OWN >= MOST_OF_A_CARD * total:
+        raise UserError(
+            f"--rollout vllm: the model's weights once more, {weights / GIB:.1f} GiB, leave too little of the card's "
+            f"{total / GIB:.1f} GiB.",
+            "Use --rollout auto, which needs no second copy of all weights.",
+        )
     shares = math.ceil((weights + completions * row_bytes + OWN) / (SHARE * total))
     return Room(completions, int(min(shares * SHARE, MOST_OF_A_CARD) * total) // completions, stays=True)
 
@@ -52,6 +62,7 @@ class VllmWriter:
     """Completes batches of prompts, as `generate.Write` says, once `start` was called by all processes.
 
     Args:
+        source: the directory that the base was loaded from.
         longest: tokens of the longest prompt and its completion.
         completions: of a batch.
     Attributes:
@@ -60,8 +71,17 @@ class VllmWriter:
 
     share = MOST_OF_A_CARD
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, completions: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+        completions: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.source = source
         self.tokenizer = tokenizer
+        self.trust_remote_code = trust_remote_code
         self.longest = longest
         self.completions = completions
         self.engine: Any = None
@@ -69,13 +89,14 @@ class VllmWriter:
         self.bases: dict[str, torch.Tensor] = {}
 
     def start(self, policy: Any) -> None:
-        """Load the model's own weights into vLLM. Processes wait for each other here; the trainer has been made."""
+        """Start vLLM on the base's directory. Processes wait for each other here; the trainer has been made."""
         from accelerate import Accelerator
         from trl.generation.vllm_generation import VLLMGeneration
 
-        log.say("vLLM starts, which takes a minute")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM looks at what the card has left
+        base: Any = base_of(policy)
+        name, base.name_or_path = base.name_or_path, self.source  # TRL has no other word for it, nor for a revision
         self.engine = VLLMGeneration(
             policy,
             Accelerator(),
@@ -84,7 +105,9 @@ class VllmWriter:
             gpu_memory_utilization=self.share,
             max_model_length=self.longest,
             max_num_seqs=self.completions,
+            trust_remote_code=self.trust_remote_code,
         )
+        base.name_or_path = name
         self.layers = adapted(policy)
         self.bases = copies(self.layers, on_card=False)  # what vLLM leaves of the card is counted for training
 

@@ -3,7 +3,10 @@
 Names, defaults and the meaning of each argument are vLLM's; what it does not know is refused, as there.
 """
 
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -43,9 +46,7 @@ class RequestOutput:
 
 
 class LLM:
-    """Keeps what it was started with as `started`, and how it was last asked as `asked`."""
-
-    last: "LLM"
+    """Writes what it was started with into a folder that the environment names."""
 
     def __init__(
         self, model, *, tensor_parallel_size, gpu_memory_utilization, max_model_len, max_num_seqs, enable_sleep_mode,
@@ -55,19 +56,13 @@ class LLM:
         assert distributed_executor_backend == "external_launcher"
         assert logprobs_mode == "processed_logprobs"
         assert quantization is None
-        self.started = {
-            "model": model,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-        }
-        self.asked = None
+        started = {"model": model, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "seed": seed}
+        Path(os.environ["VLLM_STAND_IN"], f"{seed}.json").write_text(json.dumps(started))
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.generator = torch.Generator().manual_seed(seed)
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load_weights))
         worker = SimpleNamespace(model_runner=runner)
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
-        LLM.last = self
 
     @torch.no_grad()
     def load_weights(self, weights):
@@ -79,7 +74,6 @@ class LLM:
         pass
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
-        self.asked = sampling_params
         return [self.complete(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 
 from opensloth import log
 from opensloth.config.jobs import GrpoJob
@@ -58,7 +59,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     longest = int(prepared.lengths.max()) + job.max_new
     packing = bool(prepared.manifest.options["packing"])
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
-    decoder = writer(job, engine, place, longest)
+    decoder = writer(job, ref, engine, place, longest)
     evaluates = bool(prepared.is_eval.any())
     room = room_for_rollouts(job, engine, decoder, place, longest, evaluates) if decoder else None
     chosen = plan.choose(engine, job, place.device, longest=longest, kept=room.kept if room else 0)
@@ -76,6 +77,8 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
     if isinstance(decoder, VllmWriter):
+        if place.leads:
+            log.say("vLLM starts, which takes a minute")
         decoder.start(engine.model)
     updates = job.updates_per_batch
     advice = Advice(stop=job.zero_signal == "stop", speaks=place.leads, max_new=job.max_new, every=updates)
@@ -157,7 +160,7 @@ def describe_run(
     )
 
 
-def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDecoder | VllmWriter | None:
+def writer(job: GrpoJob, ref: ModelRef, engine: Engine, place: Place, longest: int) -> GraphDecoder | VllmWriter | None:
     """What completes prompts, of at most `longest` tokens with what is written; None: rollout.generate chooses.
 
     Where transformers' own `generate` is left, which is slower, a note of the engine says why.
@@ -166,7 +169,9 @@ def writer(job: GrpoJob, engine: Engine, place: Place, longest: int) -> GraphDec
         UserError: `--rollout graph` was asked for and cannot serve the model.
     """
     if job.rollout == "vllm":
-        return VllmWriter(engine.tokenizer, longest, completions_of(job, place))
+        there = Path(ref.base).is_dir()
+        source = ref.base if there else snapshot_download(ref.base, revision=ref.revision, local_files_only=True)
+        return VllmWriter(source, engine.tokenizer, longest, completions_of(job, place), job.trust_remote_code)
     if engine.name != "native":
         reason = f"engine {engine.name} brings its own"
     elif reason := why_not(engine.model, longest):
