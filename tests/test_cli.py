@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ COMMANDS = [
     (train.app, ["grpo"], TrainGrpoJob),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow", "numpy"}
+MOST_MODULES = 560  # Python's own, typer's, rich's, pydantic's and our options: 420 to 490
 ROWS = [
     {
         "messages": [
@@ -241,12 +241,6 @@ def test_the_help_of_os_data_shows_the_commands_and_the_options_of_preparing(cal
     assert all(word in out for word in ("show", "reshard", "--max-seq-length"))
 
 
-def processor_seconds() -> float:
-    """Of all children so far: what a command takes on a machine that has nothing else to do."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.parametrize(
     ("program_name", "command"),
     [
@@ -256,21 +250,18 @@ def processor_seconds() -> float:
         *(("train", command) for command in ([], ["sft"], ["grpo"], ["demo"], ["verify", "sft"])),
     ],
 )
-def test_help_takes_under_half_a_second_and_loads_nothing_heavy(program_name, command):
+def test_help_loads_little_and_nothing_heavy(program_name, command):
+    """How long loading takes depends on the machine; how much is loaded does not."""
     code = (
         f"import sys; from opensloth.cli import {program_name}, program\n"
         f"code = program.run({program_name}.app, {[*command, '--help']!r})\n"
-        "print('loaded', *sorted({name.split('.')[0] for name in sys.modules}))\nsys.exit(code)"
+        "print('loaded', *sorted(sys.modules))\nsys.exit(code)"
     )
-    taken = []
-    while not taken or (min(taken) >= 0.5 and len(taken) < 5):
-        begun = processor_seconds()
-        done = child("", code=code)
-        taken.append(processor_seconds() - begun)
+    done = child("", code=code)
     assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & HEAVY
-    assert min(taken) < 0.5
+    loaded = done.stdout.splitlines()[-1].split()
+    assert not {name.split(".")[0] for name in loaded} & HEAVY
+    assert len(loaded) < MOST_MODULES
 
 
 def test_the_option_tables_in_docs_are_those_of_the_declarations():

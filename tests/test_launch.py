@@ -380,8 +380,8 @@ except errors.OpenSlothError as error:
 """
 
 
-def start_parent(run_dir: Path, module: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PARENT, str(run_dir), module]
+def start_parent(run_dir: Path, module: str, before: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + PARENT, str(run_dir), module]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -407,6 +407,19 @@ def test_a_signal_lets_every_worker_save_and_ends_as_stopped(
     assert (run_dir / "saved0").exists()
     assert (run_dir / "saved1").exists()
     assert err == f"{number.name}: waiting for the workers to save ...\n"
+
+
+@pytest.mark.parametrize("how", ["signal.signal(n, signal.SIG_IGN)", "signal.pthread_sigmask(signal.SIG_BLOCK, [n])"])
+def test_workers_hear_their_launcher_whatever_was_ignored_or_held_back_where_it_was_started(
+    tmp_path: Path, worker: Callable[[str], str], how: str
+) -> None:
+    run_dir = tmp_path / "run"
+    deaf = f"import signal\nfor n in (signal.SIGUSR1, signal.SIGUSR2): {how}\n"
+    parent = start_parent(run_dir, worker(STOPPABLE), deaf)
+    until(lambda: (run_dir / "ready0").exists() and (run_dir / "ready1").exists(), parent)
+    parent.send_signal(signal.SIGTERM)
+    out, _ = parent.communicate(timeout=PATIENCE)
+    assert (parent.returncode, out) == (errors.STOPPED, "RunStopped Stopped by SIGTERM after step 5, which is saved.\n")
 
 
 def test_a_signal_that_ends_one_worker_before_it_can_save_is_a_stop_and_no_failure(

@@ -5,6 +5,7 @@ Both functions ask the model for what it computes before they put something else
 recognize stays as it is.
 """
 
+import functools
 import importlib.util
 import sys
 from typing import Any
@@ -75,9 +76,15 @@ def fuse_norm(module: nn.Module) -> None:
         for plus in (0.0, 1.0):
             found = F.rms_norm(x, weight.shape, weight + plus, epsilon_of(module))
             if expected.dtype == found.dtype and same(found, expected):
-                kind = type(module)
-                module.__class__ = type(f"Fused{kind.__name__}", (Normed, kind), {"plus": plus})
+                kind: Any = type(module)
+                module.__class__ = fused_kind(kind, plus)
                 return
+
+
+@functools.cache
+def fused_kind(kind: type[nn.Module], plus: float) -> type[nn.Module]:
+    """A norm's class with our forward; one for all norms of a class, or the compiler would compile each layer anew."""
+    return type(f"Fused{kind.__name__}", (Normed, kind), {"plus": plus})
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -63,6 +63,8 @@ def main() -> None:
     os.dup2(1, 2)
     faulthandler.enable()
     die_with_launcher(int(os.environ[stop.LAUNCHER]))
+    if hasattr(signal, "pthread_sigmask"):  # held back where the launcher was started, they are inherited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.sent())
     watch = pulse.Watch(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
     watch.start()
     code = run(module, run_dir)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensloth import log
 from opensloth.errors import RunStopped
@@ -157,7 +157,11 @@ def _signals() -> Iterator[_Asked]:
     if threading.current_thread() is not threading.main_thread():  # no signals arrive there
         yield asked
         return
-    before = {number: signal.signal(number, caught) for number in stop.signals()}
+    before: dict[int, Any] = {number: signal.signal(number, caught) for number in stop.signals()}
+    # Processes inherit what is ignored, but not what has a handler; ours has nothing to do with these.
+    for sent in stop.sent():
+        if signal.getsignal(sent) is signal.SIG_IGN:
+            before[sent] = signal.signal(sent, lambda *_: None)
     try:
         yield asked
     finally:

@@ -27,6 +27,12 @@ def peer_lost() -> signal.Signals:
     return getattr(signal, "SIGUSR2", signal.SIGTERM)
 
 
+def sent() -> tuple[signal.Signals, ...]:
+    """What our launcher sends to its workers. Where these were ignored or held back when the launcher itself was
+    started, they would be so in the workers too, and a run could neither be stopped nor ended."""
+    return forwarded(), peer_lost()
+
+
 def is_request(number: int) -> bool:
     """Whether a process that this signal ended was asked to stop: by a person or a scheduler, before it could save."""
     return number in ASKING and number != peer_lost()
