@@ -422,6 +422,28 @@ def test_workers_hear_their_launcher_whatever_was_ignored_or_held_back_where_it_
     assert (parent.returncode, out) == (errors.STOPPED, "RunStopped Stopped by SIGTERM after step 5, which is saved.\n")
 
 
+def test_a_request_to_stop_is_heard_by_workers_whose_signals_a_library_took_over(
+    tmp_path: Path, worker: Callable[[str], str]
+) -> None:
+    """As LLVM does once Triton has compiled a kernel: behind Python's back, and what comes meanwhile is lost."""
+    takes_over = (
+        "import ctypes\nfrom opensloth.errors import RunStopped\nfrom opensloth.launch import stop\n"
+        "request = stop.StopRequest().install()\n"
+        "ctypes.CDLL(None).signal(int(stop.forwarded()), ctypes.c_void_p(1))\n"
+        "Path(sys.argv[1], f'ready{rank}').touch()\n"
+        "time.sleep(3)\n"
+        "while not request.asked(): time.sleep(0.02)\n"
+        "time.sleep(3)\n"  # it saves, and is asked again
+        "raise RunStopped('Stopped, and saved.')\n"
+    )
+    run_dir = tmp_path / "run"
+    parent = start_parent(run_dir, worker(takes_over))
+    until(lambda: (run_dir / "ready0").exists() and (run_dir / "ready1").exists(), parent)
+    parent.send_signal(signal.SIGTERM)
+    out, _ = parent.communicate(timeout=PATIENCE)
+    assert (parent.returncode, out) == (errors.STOPPED, "RunStopped Stopped, and saved.\n")
+
+
 def test_a_signal_that_ends_one_worker_before_it_can_save_is_a_stop_and_no_failure(
     tmp_path: Path, worker: Callable[[str], str]
 ) -> None:

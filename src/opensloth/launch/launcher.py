@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WORKER = "opensloth.training.worker"
 GRACE_SECONDS = 5  # for workers to find out themselves that those of another machine are gone
+REPEAT_SECONDS = 2  # between two requests to stop that the same workers get
 HALVINGS = "OPENSLOTH_PACK_HALVINGS"  # in the workers' environment: how often packs were too large for a card
 
 
@@ -106,7 +107,7 @@ class _Running(threading.Thread):
         self.agent = agent
         self.result: RunResult | None = None
         self.error: BaseException | None = None
-        self._told: set[int] = set()
+        self._told = 0.0  # when the workers were asked to stop
 
     def run(self) -> None:
         try:
@@ -120,12 +121,15 @@ class _Running(threading.Thread):
         return [worker.id for worker in group.workers if isinstance(worker.id, int)]
 
     def pass_on(self, asked: "_Asked") -> None:
-        """Tell each worker once that it should stop; a second signal to this process ends them at once."""
+        """Tell the workers to stop, now and then: a library that took the signal over may have let it go.
+
+        A second signal to this process ends them at once.
+        """
         if asked.count > 1:
             self.kill()
-        elif asked.count:
-            for pid in set(self.workers()) - self._told:
-                self._told.add(pid)
+        elif asked.count and time.monotonic() > self._told + REPEAT_SECONDS:
+            for pid in self.workers():
+                self._told = time.monotonic()
                 with suppress(ProcessLookupError):
                     os.kill(pid, stop.forwarded())
 

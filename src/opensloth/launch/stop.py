@@ -4,6 +4,7 @@ Schedulers' SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP all ask for it, whichev
 peer is gone gets another signal from our launcher, which ends it at once instead of leaving it to wait.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -39,17 +40,34 @@ def is_request(number: int) -> bool:
 
 
 class StopRequest:
-    """Set by a signal, read by the training loop between steps: `name` is the signal's, or None."""
+    """Set by a signal, read by the training loop between steps: `name` is the signal's, or None.
+
+    Libraries take signals over: LLVM, once Triton has compiled a kernel, has handlers of its own for all of these, and
+    lets SIGUSR1 go (llvm/lib/Support/Unix/Signals.inc). So each reading takes them back, and our launcher says it again
+    until a worker has ended.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._armed: list[signal.Signals] = []
 
     def install(self) -> "StopRequest":
-        """Catch the signals (main thread only). A second one has its usual effect."""
-        for number in signals():
-            signal.signal(number, self._caught)
+        """Catch the signals (main thread only). A second one has its usual effect, unless our launcher repeats it."""
+        self._armed = signals()
+        self._arm()
         return self
 
+    def asked(self) -> bool:
+        """Whether a signal came (main thread only)."""
+        self._arm()
+        return self.name is not None
+
+    def _arm(self) -> None:
+        for number in self._armed:
+            signal.signal(number, self._caught)
+
     def _caught(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self.name = self.name or signal.Signals(number).name
+        if number != forwarded() or LAUNCHER not in os.environ:
+            self._armed.remove(signal.Signals(number))
+            signal.signal(number, signal.SIG_DFL)

@@ -31,7 +31,7 @@ class StopOnSignal(TrainerCallback):
 
     def asked(self) -> bool:
         """Whether this process was asked."""
-        return self.request.name is not None
+        return self.request.asked()
 
     def anyone_asked(self) -> bool:
         """Whether any process was. All call it at once."""
