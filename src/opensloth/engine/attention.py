@@ -9,6 +9,7 @@ with lie in another row. Its queries are the last of its positions.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def varlen(
     if key_places is not None and cu_seq_lens_k is not None and max_length_k is not None:
         k, v = k[key_places], v[key_places]
         rows = Boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    attend = flash_varlen if has_kernel(q) else row_by_row
+    attend = flash if has_kernel(q) else row_by_row
     return attend(q, k, v, rows, scaling, sliding_window)[None], None
 
 
@@ -69,6 +70,10 @@ class Boundaries(NamedTuple):
     keys: torch.Tensor
     longest_queries: int
     longest_keys: int
+
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, float | None, int | None], torch.Tensor]
+"""Of q, k and v (tokens, heads, head size), the rows among them, a scaling and a window: (tokens, heads, head size)."""
 
 
 def has_kernel(q: torch.Tensor) -> bool:
@@ -97,6 +102,10 @@ def flash_varlen(
         scale=scaling, window_size=window_size, **extra,
     )  # fmt: skip
     return out if isinstance(out, torch.Tensor) else out[0]
+
+
+flash: Attention = flash_varlen
+"""What computes packs on a card: torch's own, or what engine/flash.py has put in its place for the whole process."""
 
 
 def row_by_row(
@@ -142,7 +151,7 @@ def shares(device: torch.device) -> bool:
         return True
     queries, keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ((0, 2, 5), (0, 6, 12)))
     rows = Boundaries(queries, keys, 3, 6)
-    difference = flash_varlen(q, k, v, rows, None, None) - row_by_row(q, k, v, rows, None, None)
+    difference = flash(q, k, v, rows, None, None) - row_by_row(q, k, v, rows, None, None)
     return bool(difference.abs().max() < 0.05)
 
 

@@ -1,9 +1,10 @@
 """Which flash attention computes packs on a card: torch's own, which is FlashAttention 2, or a newer one.
 
 The rule: the first of NEWER that is made for the card, is installed, and computes the same as torch's own in a trial
-with the model's heads and windows, forward and backward. torch puts it in its own's place for the whole process
-(torch.nn.attention.activate_flash_attention_impl); it calls both prototypes, and their packages change: hence the
-trial. The package flash-attn brings the kernels that torch has.
+with the model's heads and windows, forward and backward. torch can put either in its own's place
+(torch.nn.attention.activate_flash_attention_impl), but calls that a prototype; for FlashAttention 4, whose package
+changes faster than torch, we call the package ourselves (engine/flash4.py). Hence the trial. The package flash-attn
+brings the kernels that torch has.
 """
 
 import importlib.util
@@ -24,19 +25,43 @@ OWN = "torch's own flash attention"
 
 
 class Newer(NamedTuple):
-    """An implementation that torch knows.
+    """A newer implementation.
 
     Attributes:
         module: what must be importable for it.
         majors: of the compute capabilities that it is made for.
+        enter: puts it in the place of torch's own, for the whole process; raises whatever it may where it cannot.
+        leave: puts torch's own back.
     """
 
     name: str
     module: str
     majors: tuple[int, ...]
+    enter: Callable[[], object]
+    leave: Callable[[], object]
 
 
-NEWER = (Newer("FA3", "flash_attn_interface", (9,)), Newer("FA4", "flash_attn.cute", (9, 10)))
+def by_package() -> None:
+    from opensloth.engine import flash4
+
+    flash4.package()
+    attention.flash = flash4.attend
+
+
+def by_torch() -> None:
+    attention.flash = attention.flash_varlen
+
+
+NEWER = (
+    Newer(
+        "FA3",
+        "flash_attn_interface",
+        (9,),
+        lambda: torch_attention.activate_flash_attention_impl("FA3"),
+        lambda: torch_attention.restore_flash_attention_impl(),
+    ),
+    Newer("FA4", "flash_attn.cute", (9, 10), by_package, by_torch),
+)
 
 Trial = Callable[[], list[torch.Tensor]]
 """What one attention computes; another must compute the same."""
@@ -54,10 +79,9 @@ def use_fastest(config: PretrainedConfig, device: torch.device, dtype: torch.dty
     return activate(candidates(torch.cuda.get_device_capability(device)[0]), trial)
 
 
-def candidates(major: int) -> list[str]:
+def candidates(major: int) -> list[Newer]:
     """Those made for cards of this major compute capability whose packages are here, in the order of NEWER."""
-    known: list[str] = getattr(torch_attention, "list_flash_attention_impls", list)()
-    return [one.name for one in NEWER if major in one.majors and one.name in known and importable(one.module)]
+    return [one for one in NEWER if major in one.majors and importable(one.module)]
 
 
 def importable(module: str) -> bool:
@@ -67,23 +91,23 @@ def importable(module: str) -> bool:
         return False
 
 
-def activate(names: list[str], trial: Trial) -> str:
+def activate(newer: list[Newer], trial: Trial) -> str:
     """Put the first of them in the place of torch's own that computes the same. What fails is named."""
-    if not names:
+    if not newer:
         return f"{OWN}: no newer one is installed for this card"
     expected = trial()
     failed = []
-    for name in names:
+    for one in newer:
         try:
-            torch_attention.activate_flash_attention_impl(name)
+            one.enter()
             found = trial()
         except Exception as error:  # of a package that is not ours: whatever it raises, torch's own serves
-            failed.append(f"{name} failed ({first_line(error)})")
+            failed.append(f"{one.name} failed ({first_line(error)})")
         else:
             if all(map(same, found, expected)):
-                return f"{name}, which computes the same as torch's own in a trial"
-            failed.append(f"{name} computes something else")
-        torch_attention.restore_flash_attention_impl()
+                return f"{one.name}, which computes the same as torch's own in a trial"
+            failed.append(f"{one.name} computes something else")
+        one.leave()
     return f"{OWN}: {', '.join(failed)}"
 
 
@@ -98,7 +122,8 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def computed(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, window: int | None
 ) -> list[torch.Tensor]:
-    """The attention of three rows with the model's heads, its gradients, and that of all as one row."""
+    """The attention of three rows with the model's heads, its gradients, that of rows whose beginnings lie in the first
+    one, and that of all as one row."""
     text = config.get_text_config()
     heads, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     chooser = torch.Generator(device).manual_seed(0)
@@ -107,11 +132,25 @@ def computed(
         for count in (heads, keys, keys, heads)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    ends = torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
+    ends = boundaries([0, *LENGTHS, 0, 0], device)  # packs of one size have rows without tokens at their end
     rows = attention.Boundaries(ends, ends, max(LENGTHS), max(LENGTHS))
+    first, second, third = LENGTHS
+    beginning, longer = list(range(first)), [first + second, first + third]
+    middle, end = list(range(first, first + second)), list(range(first + second, sum(LENGTHS)))
+    places = torch.tensor([*beginning, *middle, *beginning, *end], device=device)
+    shorter = attention.Boundaries(
+        boundaries([0, second, third], device), boundaries([0, *longer], device), third, first + third
+    )
     with torch.enable_grad():
-        out = attention.flash_varlen(q, k, v, rows, None, window)
+        out = attention.flash(q, k, v, rows, None, window)
         gradients = torch.autograd.grad(out, inputs, upstream)
+        after = attention.flash(q[first:], k[places], v[places], shorter, None, window)
+        more = torch.autograd.grad(after, inputs, upstream[first:])
     # torch puts it into scaled-dot-product attention too, which prompts go through
     query, key, value = (x.detach().transpose(0, 1)[None].repeat_interleave(heads // x.shape[1], 1) for x in inputs)
-    return [out.detach(), *gradients, F.scaled_dot_product_attention(query, key, value, is_causal=True)]
+    whole = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return [out.detach(), *gradients, after.detach(), *more, whole]
+
+
+def boundaries(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(lengths, device=device).cumsum(0).int()
