@@ -1,6 +1,8 @@
 """docs/results.md from the raw figures of benchmarks/reasoning.py, so that no figure on the page is typed.
 
-usage: python benchmarks/report.py benchmarks/results/reasoning-h100.json > docs/results.md
+usage: python benchmarks/report.py benchmarks/results/reasoning-h100.json [--control EARLIER.json] > docs/results.md
+
+--control: an earlier run whose control is shown too, where this one has none.
 """
 
 import argparse
@@ -15,8 +17,9 @@ WINDOW = 5  # steps that a point of the curve is the mean of
 POINTS = 24  # of a curve: more do not fit under a chart
 
 
-def page(found: Results, file: str) -> str:
-    parts = [opening(found, file), arithmetic(found), curves(found), peers(found), stories(found), again(found)]
+def page(found: Results, file: str, control: Path | None = None) -> str:
+    parts = [opening(found, file), arithmetic(found), controlled(control), curves(found)]
+    parts += [peers(found), stories(found), again(found, control)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -55,6 +58,20 @@ had in any number, SFT is the better teacher; GRPO is for problems of which the 
 {table(found, names, "sft")}
 
 SFT: {sft}. GRPO: {grpo}. {done(found)}"""
+
+
+def controlled(file: Path | None) -> str:
+    """The same table of an earlier run, for its control."""
+    if file is None:
+        return ""
+    found: Results = json.loads(file.read_text())
+    names = [name for name in found["scores"] if name in ("sft", "control") or name in found["curves"]]
+    return f"""### Beside a control
+
+An earlier run of the same commands, with the control ([{file.name}](../benchmarks/results/{file.name}); torch
+{found["versions"]["torch"]}). {done(found)}
+
+{table(found, names, "sft")}"""
 
 
 def done(found: Results) -> str:
@@ -137,14 +154,15 @@ variants.
 SFT: {recipes[0]}. GRPO: {recipes[1]}."""
 
 
-def again(found: Results) -> str:
+def again(found: Results, control: Path | None) -> str:
+    beside = f" --control benchmarks/results/{control.name}" if control else ""
     return f"""## Again
 
 ```bash
 for stage in sft grpo trl data eval; do
     python benchmarks/reasoning.py $stage --work DIR --data gsm_symbolic.jsonl
 done
-python benchmarks/report.py benchmarks/results/reasoning-h100.json > docs/results.md
+python benchmarks/report.py benchmarks/results/reasoning-h100.json{beside} > docs/results.md
 ```
 
 This page's figures: `{found["command"]}`. {told(found)}"""
@@ -184,8 +202,10 @@ def points(difference: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    results: Path = parser.parse_args().results
-    print(page(json.loads(results.read_text()), results.name), end="")
+    parser.add_argument("--control", type=Path)
+    arguments = parser.parse_args()
+    results: Path = arguments.results
+    print(page(json.loads(results.read_text()), results.name, arguments.control), end="")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report  # noqa: E402  (benchmarks are no package)
 
-MEASURED = sorted((ROOT / "benchmarks" / "results").glob("reasoning-h*.json"))
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def scores(value):
@@ -59,7 +59,16 @@ def test_trl_and_the_stories_have_parts_of_their_own(found):
     assert page.index("## Beside TRL") < page.index("## GSM-Symbolic")
 
 
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
-def test_the_published_page_is_made_from_the_published_figures(path):
+def test_a_control_of_an_earlier_run_has_a_table_of_its_own(found, tmp_path):
+    earlier = found | {"scores": {"sft": scores(0.2), "control": scores(0.6)}, "seconds": {"control": 195.0}}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    page = report.page(found, "reasoning-card.json", tmp_path / "earlier.json")
+    assert "| control | 60.0 (56.0 to 64.0) |  | 99.0 | 40 | 195 |" in page
+    assert page.index("## Beside a control") < page.index("| control |") < page.index("## While it trains")
+    assert "--control benchmarks/results/earlier.json > docs/results.md" in page
+
+
+def test_the_published_page_is_made_from_the_published_figures():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert page == report.page(json.loads(path.read_text(encoding="utf-8")), path.name)
+    found, control = RESULTS / "reasoning-h100.json", RESULTS / "reasoning-h100-control.json"
+    assert page == report.page(json.loads(found.read_text(encoding="utf-8")), found.name, control)

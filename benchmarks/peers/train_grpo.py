@@ -21,7 +21,7 @@ from train_sft import go_on_with, lacks_unsloth, load, load_with_unsloth, xforme
 import machine
 from series import Outcome, keep_measured
 
-WARM_UP = 1  # steps that do not count
+WARM_UP = 3  # steps that do not count: Unsloth still compiles in its third
 ENOUGH_SECONDS = 15  # of measured steps; no more are done then
 GENERATION = ("_generate_single_turn", "_generate")  # TRL's method that makes the completions, the inner one first
 
