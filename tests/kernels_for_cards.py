@@ -66,6 +66,7 @@ def launch_all(dtype):
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
     from opensloth.rollout.draw import choose_whole
+    from opensloth.rollout.gate import gated
     from opensloth.rollout.kernel import Norm, Turn, attend
 
     rows, ones = 4, torch.zeros(1, dtype=torch.long)
@@ -81,6 +82,7 @@ def launch_all(dtype):
         norm = Norm(torch.ones(size, dtype=dtype), 1e-6)
         for turn in (None, Turn(angles, angles, None), Turn(angles, angles, (norm, norm))):
             attend(q[:, 0], k[:, 0], v[:, 0], own, own, prompts, prompts, source, source, ones, ones, 0.1, turn)
+        gated(*torch.zeros(rows, 1, 6 * heads * size, dtype=dtype).chunk(2, -1))
         logits = torch.zeros(rows, vocabulary, dtype=dtype)
         for uniforms in (None, torch.zeros(rows, dtype=torch.float64)):
             choose_whole(logits, 1.0, uniforms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from interpreted import needs_triton
 from training_fixtures import environment
 
-KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw"}
+KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw", "_gate"}
 
 
 @needs_triton

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from interpreted import needs_triton
 from opensloth.engine.fused import fuse_norm
 from opensloth.rollout.generate import generate
 from opensloth.rollout.graph import CHECK_EVERY, GraphDecoder
+from opensloth.rollout.merge import projected
 from opensloth.rollout.store import OwnRows, SharedPrompts, positions_of_row, why_not_shared
 from opensloth.rollout.turn import forwards
 from test_rollout_graph import PROMPTS, policy, settings
@@ -96,7 +98,9 @@ def test_heads_that_the_kernel_turns_write_the_same(arch):
     for count in (5, 3):
         plain = generate(model, PROMPTS[:count], **settings(count, max_new=12))
         ours = generate(model, PROMPTS[:count], write=decoder, **settings(count, max_new=12))
-        assert len(decoder.turned) == len(model.get_base_model().get_decoder().layers)
+        # of a common layer three: itself, its attention and its MLP
+        layers = len(model.get_base_model().get_decoder().layers)
+        assert len(decoder.turned) == layers * (1 if arch == "gemma3_text" else 3)
         for one, other in zip(plain, ours, strict=True):
             assert one.ids == other.ids
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -122,6 +126,41 @@ def test_what_a_trial_need_not_show_is_left_alone(special):
     for name, value in special.items():
         setattr(model.config, name, value)
     assert forwards(model) == {}
+
+
+def test_a_layer_that_adds_in_another_way_keeps_that_and_its_heads_are_turned(monkeypatch):
+    model, decoder = turnable("llama"), GraphDecoder(SharedPrompts)
+    layers = model.get_base_model().get_decoder().layers
+    theirs = type(layers[0]).forward
+    monkeypatch.setattr(type(layers[0]), "forward", lambda self, x, **words: 0.5 * x + theirs(self, x, **words))
+    plain = generate(model, PROMPTS, **settings(5, max_new=12))
+    ours = generate(model, PROMPTS, write=decoder, **settings(5, max_new=12))
+    assert set(decoder.turned) == {layer.self_attn for layer in layers}
+    assert [one.ids for one in plain] == [one.ids for one in ours]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 1024, 1500])
+def test_the_gate_reads_both_halves_where_they_lie(width, dtype):
+    from opensloth.rollout.gate import gated
+
+    torch.manual_seed(0)
+    gate, up = torch.randn(5, 1, 2 * width).mul(3).to(dtype).chunk(2, -1)
+    found = gated(gate, up)
+    assert found.is_contiguous()
+    rounding = 1e-6 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(found.float(), F.silu(gate.float()) * up.float(), atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_matmul_adds_the_residual_where_the_layer_is_one(bias):
+    linear = torch.nn.Linear(6, 4, bias=bias).requires_grad_(False)
+    x, residual = torch.randn(3, 1, 6), torch.randn(3, 1, 4)
+    assert torch.equal(projected(linear, x, None), linear(x))
+    expected = linear(x) + residual
+    found = projected(linear, x, residual)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert (found is residual) == (not bias)  # beside the bias there is no place for it
 
 
 @pytest.mark.parametrize("change", ["norms", "angles"])

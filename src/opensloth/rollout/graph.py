@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from opensloth.engine.fused import same
-from opensloth.rollout import grouped
+from opensloth.rollout import block, grouped
 from opensloth.rollout.decode import Halt, attention_by, go_on, lay_out, never, step
 from opensloth.rollout.merge import Merge
 from opensloth.rollout.sampling import Sampling, choose
@@ -119,7 +119,7 @@ class GraphDecoder:
         self.longest = longest
         self.buffers: Buffers | None = None
         self.merge = Merge()
-        self.turned: Forwards | None = None  # of attention whose heads the kernel turns, once that was tried
+        self.turned: Forwards | None = None  # of layers that take fewer kernels, once that was tried
 
     def __call__(
         self,
@@ -257,13 +257,17 @@ def logits_of(policy: torch.nn.Module, state: Buffers, span: int) -> torch.Tenso
 
 
 def turned(policy: torch.nn.Module, state: Buffers, span: int) -> Forwards:
-    """Forwards of the attention layers of a model; none where they compute something else."""
-    found = forwards(policy) if isinstance(state.store, SharedPrompts) else {}
-    if not found:
+    """Other forwards of a model's layers for decoding steps, as many as compute the same; none where none do."""
+    heads = forwards(policy) if isinstance(state.store, SharedPrompts) else {}
+    if not heads:
         return {}
     expected = logits_of(policy, state, span)
-    with turning(found):  # keys and values are written once more, to the same place
-        return found if same(logits_of(policy, state, span), expected) else {}
+    around = block.forwards(policy)
+    for found in ({**heads, **around}, heads) if around else (heads,):
+        with turning(found):  # keys and values are written once more, to the same place
+            if same(logits_of(policy, state, span), expected):
+                return found
+    return {}
 
 
 def smallest(rows: int, needed: int) -> int:

@@ -82,6 +82,8 @@ class Fused:
                 self.input, self.parts = None, ()
             return part
 
+        if len(self.sizes) == 1 and self.bias is None:
+            forward.matrix = self.weight  # type: ignore[attr-defined]  # for who can add to it as it multiplies
         return forward
 
 
@@ -97,6 +99,30 @@ class Member:
         self.adapter: list[nn.Parameter] = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.factors = [torch.empty_like(factor, dtype=rows.dtype) for factor in self.adapter]
         self.scaling: float = layer.scaling[name]
+
+
+def projected(projection: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """x (rows, 1, in) through a linear layer, and the residual added: where the layer is one matrix, by its matmul.
+
+    That adds in place, since torch would copy the residual first: who calls this needs it no more.
+    """
+    if residual is None:
+        found: torch.Tensor = projection(x)
+        return found
+    matrix = matrix_of(projection)
+    if matrix is None or matrix.dtype != residual.dtype or torch.is_autocast_enabled(x.device.type):
+        summed: torch.Tensor = residual + projection(x)
+        return summed
+    residual[:, 0].addmm_(x[:, 0], matrix.T)
+    return residual
+
+
+def matrix_of(projection: Any) -> torch.Tensor | None:
+    """The one matrix that a layer is now, or None."""
+    merged = vars(projection).get("forward")
+    if merged is not None:
+        return getattr(merged, "matrix", None)
+    return projection.weight if type(projection) is nn.Linear and projection.bias is None else None
 
 
 def fold(members: Sequence[Member]) -> None:

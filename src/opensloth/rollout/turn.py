@@ -13,6 +13,7 @@ import torch
 
 from opensloth.engine.fused import Normed, epsilon_of
 from opensloth.engine.lora import base_of
+from opensloth.rollout.merge import projected
 
 Forwards = dict[Any, Callable[..., Any]]
 """Attention layers, each with another forward. It is made once: what recorded steps read must outlive the recording."""
@@ -71,10 +72,12 @@ def forward_of(layer: Any) -> Callable[..., Any]:
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         buffers: Any = None,
+        residual: torch.Tensor | None = None,
         **words: Any,
     ) -> Any:
         if buffers is None or position_embeddings is None or position_embeddings[0].shape[-1] != layer.head_dim:
-            return theirs(hidden_states, position_embeddings=position_embeddings, buffers=buffers, **words)
+            found, shares = theirs(hidden_states, position_embeddings=position_embeddings, buffers=buffers, **words)
+            return (found if residual is None else residual + found), shares
         cos, sin = (x.contiguous() for x in position_embeddings)
         query, key, value = (
             project(hidden_states).unflatten(-1, (-1, layer.head_dim))[:, 0]
@@ -85,6 +88,6 @@ def forward_of(layer: Any) -> Callable[..., Any]:
             query, key, value, kept.keys, kept.values, kept.prompt_keys, kept.prompt_values, buffers.source,
             buffers.starts, buffers.end, buffers.own, layer.scaling, Turn(cos, sin, norms),
         )  # fmt: skip
-        return layer.o_proj(out.flatten(1)[:, None]), None
+        return projected(layer.o_proj, out.flatten(1)[:, None], residual), None
 
     return forward
