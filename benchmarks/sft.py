@@ -205,6 +205,7 @@ def read_run(run: Path, case: Case, data: Data, log: Path) -> Outcome:
     steps = [line for line in logged if line["step"] > WARM_UP and "tokens_per_second" in line]
     record = json.loads((run / "job.json").read_text())
     optim, on_card = record["settings"]["optim"]["value"], record["world"]["devices"] != ["cpu"]
+    said = log.read_text(errors="replace")
     # steps have nearly equal tokens: their harmonic mean is tokens over seconds
     speed = statistics.harmonic_mean([line["tokens_per_second"] for line in steps])
     return {
@@ -216,7 +217,8 @@ def read_run(run: Path, case: Case, data: Data, log: Path) -> Outcome:
         "peak_gib": max(line["memory_gib"] for line in logged if "memory_gib" in line),
         "steps": len(steps),
         "tokens_per_step": case.tokens_per_step,
-        "plan": next(iter(re.findall(r"a step is .*", log.read_text(errors="replace"))), ""),
+        "plan": next(iter(re.findall(r"a step is .*", said)), ""),
+        "attention": next(iter(re.findall(r"attention over packs: (.*)", said)), ""),
     }
 
 

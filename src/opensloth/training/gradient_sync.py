@@ -1,7 +1,7 @@
 """How long the gradients' way between the processes takes, and how much of it backward passes do not hide.
 
 DDP's own figures (`_get_ddp_logging_data`) make the host wait for the card in every step that they are taken in. Here
-moments are marked while a step runs (on a card by events in its stream) and read when the next log waits for it anyway.
+moments are marked while a step runs (on a card by events in its stream) and read with a log, once they are past.
 """
 
 import time
