@@ -59,6 +59,13 @@ def test_what_is_made_for_the_card_and_installed_is_tried(monkeypatch, major, pa
     assert [one.name for one in flash.candidates(major)] == expected
 
 
+def test_a_package_that_was_built_for_another_torch_is_as_if_it_were_not_there(monkeypatch, tmp_path):
+    (tmp_path / "broken_flash").mkdir()
+    (tmp_path / "broken_flash" / "__init__.py").write_text("raise ImportError('undefined symbol')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not flash.importable("broken_flash.cute")
+
+
 def test_nothing_newer_is_installed_here():
     assert flash.candidates(9) == []
     assert flash.activate([], trial_by({None: [1.0]})) == (

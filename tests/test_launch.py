@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from opensloth import errors
-from opensloth.launch import failure
+from opensloth.launch import failure, stop
 from opensloth.launch.elastic import Screen, followed
 from opensloth.launch.launcher import run_workers
 from opensloth.launch.world import World, choose_gpus, plan_world
@@ -420,6 +420,30 @@ def test_workers_hear_their_launcher_whatever_was_ignored_or_held_back_where_it_
     parent.send_signal(signal.SIGTERM)
     out, _ = parent.communicate(timeout=PATIENCE)
     assert (parent.returncode, out) == (errors.STOPPED, "RunStopped Stopped by SIGTERM after step 5, which is saved.\n")
+
+
+def test_a_signal_that_comes_while_handlers_are_put_back_is_heard_and_a_second_one_has_its_usual_effect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python hands a signal that waits over before it sets the next handler."""
+    put, handlers = signal.signal, {number: signal.getsignal(number) for number in stop.signals()}
+    request = stop.StopRequest()
+
+    def hands_over_first(number: int, handler: Any) -> Any:
+        if number == signal.SIGTERM and request.name is None:
+            request._caught(number, None)
+        return put(number, handler)
+
+    try:
+        request.install()
+        monkeypatch.setattr(signal, "signal", hands_over_first)
+        assert request.asked()
+        assert request.asked()
+        assert (request.name, signal.getsignal(signal.SIGTERM)) == ("SIGTERM", signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) == request._caught
+    finally:
+        for number, handler in handlers.items():
+            put(number, handler)
 
 
 def test_a_request_to_stop_is_heard_by_workers_whose_signals_a_library_took_over(

@@ -21,6 +21,7 @@ from opensloth.engine.memory import head_size
 
 TOLERANCE = 0.02  # of the largest value: 16 bits, summed in another order
 LENGTHS = (5, 64, 200)  # of the rows of a trial
+WINDOW = 32  # of a trial, where a model has one: it must cut something
 OWN = "torch's own flash attention"
 
 
@@ -71,7 +72,8 @@ def use_fastest(config: PretrainedConfig, device: torch.device, dtype: torch.dty
     """Choose by the rule, for the whole process. Returns the choice and its reason, in words."""
 
     def trial() -> list[torch.Tensor]:
-        windows = {None, getattr(config, "sliding_window", None)}
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        windows = {None, window and min(window, WINDOW)}
         return [x for window in windows for x in computed(config, device, dtype, window)]
 
     if not attention.has_kernel(torch.empty(0, 1, head_size(config), dtype=dtype, device=device)):
@@ -87,7 +89,10 @@ def candidates(major: int) -> list[Newer]:
 def importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would be in
+    except (
+        ImportError,
+        OSError,
+    ):  # the package that it would be in is not there either, or was built for another torch
         return False
 
 
@@ -95,6 +100,7 @@ def activate(newer: list[Newer], trial: Trial) -> str:
     """Put the first of them in the place of torch's own that computes the same. What fails is named."""
     if not newer:
         return f"{OWN}: no newer one is installed for this card"
+    by_torch()
     expected = trial()
     failed = []
     for one in newer:

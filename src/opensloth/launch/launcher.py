@@ -130,7 +130,7 @@ class _Running(threading.Thread):
         elif asked.count and time.monotonic() > self._told + REPEAT_SECONDS:
             for pid in self.workers():
                 self._told = time.monotonic()
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # it has ended, and its number may be another's
                     os.kill(pid, stop.forwarded())
 
     def kill(self) -> None:

@@ -63,11 +63,13 @@ class StopRequest:
         return self.name is not None
 
     def _arm(self) -> None:
-        for number in self._armed:
-            signal.signal(number, self._caught)
+        for number in tuple(self._armed):
+            signal.signal(number, self._caught)  # which first hands over a signal that is waiting
+            if number not in self._armed:
+                signal.signal(number, signal.SIG_DFL)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name
         if number != forwarded() or LAUNCHER not in os.environ:
-            self._armed.remove(signal.Signals(number))
+            self._armed = [armed for armed in self._armed if armed != number]
             signal.signal(number, signal.SIG_DFL)

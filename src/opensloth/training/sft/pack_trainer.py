@@ -12,7 +12,6 @@ from opensloth.engine.compiled import eager
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training.costs import Costs
-from opensloth.training.sft.late_log import LogsLate
 from opensloth.training.sft.loader import Batcher, Step, Steps
 from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
@@ -43,7 +42,7 @@ def trainer_class() -> type[Any]:
     """Made on request, because `import unsloth` replaces `trl.SFTTrainer` by its own class."""
     from trl import SFTTrainer
 
-    class PackTrainer(LogsLate, KeepsRun, SFTTrainer):
+    class PackTrainer(KeepsRun, SFTTrainer):
         """TRL's trainer; each batch of its loader is one optimizer step (`training.loader.Step`)."""
 
         control: Any  # transformers' TrainerControl
