@@ -89,10 +89,7 @@ def candidates(major: int) -> list[Newer]:
 def importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (
-        ImportError,
-        OSError,
-    ):  # the package that it would be in is not there either, or was built for another torch
+    except (ImportError, OSError):  # nor is the package that it would be in, or that was built for another torch
         return False
 
 

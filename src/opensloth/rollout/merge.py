@@ -46,11 +46,11 @@ class Merge:
         if self.policy is policy:
             return
         self.policy, self.layers, self.fused, self.saved = policy, adapted(policy), [], {}
-        layers = self.layers
-        if fits(layers) and all(map(folds, layers.values())):
+        layers, fit = self.layers, fits(self.layers)
+        if fit and all(map(folds, layers.values())):
             self.fused = [Fused(group) for group in grouped(layers)]
         else:
-            self.saved = copies(layers, on_card=fits(layers))
+            self.saved = copies(layers, on_card=fit)
 
 
 class Fused:

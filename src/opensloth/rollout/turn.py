@@ -16,7 +16,8 @@ from opensloth.engine.lora import base_of
 from opensloth.rollout.merge import projected
 
 Forwards = dict[Any, Callable[..., Any]]
-"""Attention layers, each with another forward. It is made once: what recorded steps read must outlive the recording."""
+"""Modules (attention layers here, whole layers and MLPs in rollout/block.py), each with another forward for decoding
+steps. It is made once: what recorded steps read must outlive the recording."""
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
@@ -46,7 +47,7 @@ def serves(layer: Any) -> bool:
 
 @contextmanager
 def turning(forwards: Forwards) -> Iterator[None]:
-    """Attention over shared prompts by the other forwards."""
+    """Decoding steps over shared prompts by the other forwards."""
     try:
         for layer, forward in forwards.items():
             layer.forward = forward  # of the instance: it goes before the class's method
