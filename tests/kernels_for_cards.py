@@ -63,10 +63,10 @@ def compiling(capabilities):
 
 def launch_all(dtype):
     """Every kernel that the product launches, in a shape of Qwen3-0.6B and of SmolLM2."""
+    from opensloth.engine.gate import Shares, gated, gated_back
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
     from opensloth.rollout.draw import choose_whole
-    from opensloth.rollout.gate import gated
     from opensloth.rollout.kernel import Norm, Turn, attend
 
     rows, ones = 4, torch.zeros(1, dtype=torch.long)
@@ -83,6 +83,14 @@ def launch_all(dtype):
         for turn in (None, Turn(angles, angles, None), Turn(angles, angles, (norm, norm))):
             attend(q[:, 0], k[:, 0], v[:, 0], own, own, prompts, prompts, source, source, ones, ones, 0.1, turn)
         gated(*torch.zeros(rows, 1, 6 * heads * size, dtype=dtype).chunk(2, -1))
+        gate, up, slopes = torch.zeros(3, rows, 3 * heads * size, dtype=dtype)
+        for rank in (4, 16, 64):
+            low, factor = torch.zeros(rows, 2 * rank, dtype=dtype), torch.zeros(3 * heads * size, rank, dtype=dtype)
+            shares, back = Shares(low, factor, factor), (low[:, :rank], factor.T.contiguous())
+            for kind in ("silu", "gelu"):
+                gated(gate, up, shares, kind)
+                gated_back(gate, up, slopes, shares, back, kind)
+        gated_back(gate, up, slopes)
         logits = torch.zeros(rows, vocabulary, dtype=dtype)
         for uniforms in (None, torch.zeros(rows, dtype=torch.float64)):
             choose_whole(logits, 1.0, uniforms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from interpreted import needs_triton
 from training_fixtures import environment
 
-KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw", "_gate"}
+KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw", "_gate", "_gate_back"}
 
 
 @needs_triton

@@ -142,7 +142,7 @@ def test_a_layer_that_adds_in_another_way_keeps_that_and_its_heads_are_turned(mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 1024, 1500])
 def test_the_gate_reads_both_halves_where_they_lie(width, dtype):
-    from opensloth.rollout.gate import gated
+    from opensloth.engine.gate import gated
 
     torch.manual_seed(0)
     gate, up = torch.randn(5, 1, 2 * width).mul(3).to(dtype).chunk(2, -1)

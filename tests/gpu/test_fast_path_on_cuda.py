@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from opensloth.engine import attention, fused, head, lora_layer, policy
+from opensloth.engine import attention, fused, head, lora_layer, mlp, policy
 from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
+from opensloth.engine.joint import join
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
@@ -65,6 +66,7 @@ def test_compiled_layers_and_loss_equal_the_plain_ones(arch, monkeypatch, device
     losses, found = [], []
     for compiles in (False, True):
         model = frozen_in(build(arch), torch.bfloat16).to(device)
+        join(model)
         last, _ = head.find(model.get_base_model())
         model.set_attn_implementation(attention.NAME)
         if compiles:
@@ -87,6 +89,7 @@ def test_packed_logits_and_adapter_gradients_equal_the_slow_path(arch, monkeypat
     modeling = sys.modules[type(model.get_base_model()).__module__]
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)  # put back for the slow path
     fused.fuse(model)
+    join(model)
     assert hasattr(modeling.apply_rotary_pos_emb, "theirs")
     found, why = head.find(model.get_base_model())
     assert found is not None, why
@@ -130,6 +133,26 @@ def test_scores_of_packed_completions_equal_those_of_padded_ones(device):
     model.to(torch.bfloat16).set_attn_implementation(attention.NAME)
     found = policy.packed(model, ids, mask, length, 0.7, last).logps
     assert float((found - expected).abs().max()) < 0.05  # nats
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+@pytest.mark.parametrize(("rows", "width", "rank"), [(300, 3072, 16), (77, 9728, 64), (5, 136, 4)])
+def test_the_gate_with_its_adapters_is_that_of_torch(rows, width, rank, kind, device):
+    """Forward and backward, beside float32; as an operator of the compiler too."""
+    torch.manual_seed(0)
+    shapes = [(rows, width)] * 3 + [(rows, 2 * rank), (width, rank), (width, rank), (rows, rank), (rank, width)]
+    g, u, slopes, *shares, low, down = (torch.randn(shape, device=device).bfloat16() for shape in shapes)
+    lows = shares[0].float().split(rank, 1)
+    x, value = (
+        (one.float() + part @ factor.float().T).requires_grad_()
+        for one, part, factor in zip((g, u), lows, shares[1:], strict=True)
+    )
+    expected = mlp.act(x, kind) * value
+    wanted = torch.autograd.grad(expected, (x, value), slopes.float() + low.float() @ down.float())
+    for opened, back in ((mlp.by_kernel, mlp.back_by_kernel), (mlp.as_one, mlp.back_as_one)):
+        assert off(opened(g, u, shares, kind), expected) < LOGITS
+        for found, exact in zip(back(g, u, slopes, [*shares, low, down], kind), (*wanted, expected), strict=True):
+            assert off(found, exact) < LOGITS
 
 
 def test_a_loss_without_a_host_sync(device):

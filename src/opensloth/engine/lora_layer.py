@@ -1,35 +1,62 @@
-"""LoRA's linear layer without passes of its own over the activations: y = x W' + (s x A') B' in matmuls alone.
+"""LoRA's linear layers without passes of their own over the activations: y = x W' + (x A') (s B)' in matmuls alone.
 
 PEFT adds and scales the adapter's share in passes over all activations, and casts them to fp32 where the adapter is
 kept so. Here the share is added by the matmul that makes it, in the base's type, with a copy of A and B in that type;
-weights, gradients and optimizer state of the adapter stay fp32. The layer is PEFT's in every other respect: what it
-saves, merges and disables.
+weights, gradients and optimizer state of the adapter stay fp32. Layers that read the same input (queries, keys and
+values) go through it together: it is read once for all of their A, and their gradients of it are added by matmuls. The
+layer is PEFT's in every other respect: what it saves, merges and disables.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import nn
 
+TOGETHER = ("q_proj", "k_proj", "v_proj")  # layers of a module that read its input
+
 
 class OneMatmul:
-    """Before a layer of PEFT's among the bases: another forward where that is the same. One adapter, no
-    dropout, a frozen base that computes in the type of its input; all else is left to PEFT."""
+    """Before a layer of PEFT's among the bases: another forward where that is the same. All else is left to PEFT."""
+
+    given: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and what was computed of it with its neighbours
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
-        base = self.get_base_layer()
-        kind = base.compute_dtype if self.quantized else base.weight.dtype
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        ours = is_plain(self, name) and kind == dtype and not base.weight.requires_grad
-        if args or kwargs or self.disable_adapters or self.merged or not ours:
+        given, self.given = self.given, None
+        if given is not None and given[0] is x:
+            return given[1]
+        if args or kwargs or not serves(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        if self.quantized:
-            return Added.apply(base(x), x.to(dtype), *adapter)  # type: ignore[no-untyped-call]
-        return Adapted.apply(x.to(dtype), base.weight, base.bias, *adapter)  # type: ignore[no-untyped-call]
+        return together(x, [self])[0]
+
+
+class LoraLinear(OneMatmul, Linear):  # type: ignore[misc]
+    pass
+
+
+class Together:
+    """Before an attention module's own class among the bases: its projections read their input together."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layers = [getattr(self, name) for name in TOGETHER]
+        if torch.is_grad_enabled() and all(serves(layer, hidden_states) for layer in layers):
+            for layer, found in zip(layers, together(hidden_states, layers), strict=True):
+                layer.given = hidden_states, found
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+def serves(layer: Any, x: torch.Tensor) -> bool:
+    """Whether a layer is, for x and as it is now, a frozen base that computes in the type of x, and one adapter."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
+    if layer.disable_adapters or layer.merged or not is_plain(layer, name):
+        return False
+    base = layer.get_base_layer()
+    state = state_of(base)
+    if state is not None and (torch.compiler.is_compiling() or getattr(state, "packing_format_for_cpu", False)):
+        return False
+    kind = base.weight.dtype if state is None else base.compute_dtype
+    return bool(kind == type_of(x) and not base.weight.requires_grad)
 
 
 def is_plain(layer: Any, name: str) -> bool:
@@ -39,85 +66,159 @@ def is_plain(layer: Any, name: str) -> bool:
     return isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training
 
 
-class LoraLinear(OneMatmul, Linear):  # type: ignore[misc]
-    quantized = False
+def state_of(base: Any) -> Any:
+    """How the weights of a layer are quantized; None where they are plain numbers."""
+    return getattr(base.weight, "quant_state", None)
+
+
+class Parts(NamedTuple):
+    """Of some layers: what an autograd function is given of them. `scalings` and `states` have one entry a layer,
+    `tensors` four: weight, bias or None, A and B."""
+
+    scalings: tuple[float, ...]
+    states: tuple[Any, ...]
+    tensors: tuple[torch.Tensor | None, ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> "Parts":
+        scalings, states, tensors = [], [], []
+        for layer in layers:
+            name, base = layer.active_adapters[0], layer.get_base_layer()
+            scalings.append(layer.scaling[name])
+            states.append(state_of(base))
+            tensors += [base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
+        return cls(tuple(scalings), tuple(states), tuple(tensors))
+
+
+def together(x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """What each of some layers makes of x (..., in): (..., out)."""
+    scalings, states, tensors = Parts.of(layers)
+    found: tuple[torch.Tensor, ...] = Adapted.apply(x.to(type_of(x)), scalings, states, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+def type_of(x: torch.Tensor) -> torch.dtype:
+    """What a layer computes in, given x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Layer(NamedTuple):
+    """A frozen base, and its adapter in the type of the computation: y = x matrix' + bias + (x down') up'.
+
+    Attributes:
+        weight: (out, in) as it is stored, quantized as `state` tells.
+        down: A, (rank, in).
+        up: s B, (out, rank). The factor on a small matrix costs nothing beside the large ones.
+    """
+
+    weight: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    state: Any
+    bias: torch.Tensor | None = None
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        return dense(self.weight, self.state, self.down.dtype)
+
+
+def layers_of(
+    tensors: Sequence[Any], scalings: Sequence[float], states: Sequence[Any], dtype: torch.dtype
+) -> list[Layer]:
+    """Layers by their `Parts`."""
+    fours = zip(*(tensors[kind::4] for kind in range(4)), scalings, states, strict=True)
+    return [
+        Layer(weight, a.to(dtype), (b if scaling == 1 else b * scaling).to(dtype), state, bias)
+        for weight, bias, a, b, scaling, state in fours
+    ]
+
+
+def kept(layers: Sequence[Layer]) -> list[torch.Tensor]:
+    """What `again` needs of layers."""
+    return [tensor for layer in layers for tensor in (layer.weight, layer.down, layer.up)]
+
+
+def again(tensors: Sequence[torch.Tensor], states: Sequence[Any]) -> list[Layer]:
+    """The layers of `kept`, without their biases."""
+    return [
+        Layer(*three, state) for *three, state in zip(*(tensors[kind::3] for kind in range(3)), states, strict=True)
+    ]
+
+
+def down_of(layers: Sequence[Layer]) -> torch.Tensor:
+    """The A of some layers, one below the other: (sum of ranks, in)."""
+    return joined([layer.down for layer in layers], 0)
+
+
+def joined(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def divided(low: torch.Tensor, layers: Sequence[Layer], dim: int = 1) -> tuple[torch.Tensor, ...]:
+    """What `joined` has joined, by the ranks of layers."""
+    return (low,) if len(layers) == 1 else torch.split(low, [len(layer.down) for layer in layers], dim)
 
 
 class Adapted(torch.autograd.Function):
-    """x (..., in) -> (..., out). The base is frozen: it takes no gradient."""
+    """x (..., in) -> (..., out) of each layer. The bases are frozen: they take no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
+        scalings: tuple[float, ...],
+        states: tuple[Any, ...],
+        *tensors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        low = scaled(rows, a.T, scaling)
-        out = linear_plus(rows, weight, bias, low, b)
-        ctx.save_for_backward(rows, low, weight, a, b)
-        ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
+        layers = layers_of(tensors, scalings, states, rows.dtype)
+        low = rows @ down_of(layers).T
+        outs = tuple(
+            products([rows, part], [layer.matrix.T, layer.up.T], layer.bias)
+            for layer, part in zip(layers, divided(low, layers), strict=True)
+        )
+        ctx.save_for_backward(rows, low, *kept(layers))
+        ctx.scalings, ctx.states = scalings, states
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, low, weight, a, b = ctx.saved_tensors
-        out = upstream[0].reshape(-1, weight.shape[0])
-        slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[3:5])
+        rows, low, *tensors = ctx.saved_tensors
+        layers = again(tensors, ctx.states)
+        outs = [slopes.reshape(-1, slopes.shape[-1]) for slopes in upstream]
+        to_low = joined([out @ layer.up for out, layer in zip(outs, layers, strict=True)])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = linear_plus(out, weight.T, None, slopes, a.T).view(*upstream[0].shape[:-1], -1)
-        return to_x, None, None, to_a, to_b, None
+            to_x = products([*outs, to_low], [*(layer.matrix for layer in layers), down_of(layers)])
+            to_x = to_x.view(*upstream[0].shape[:-1], -1)
+        to_downs = divided(in_float32(to_low.T, rows), layers, 0)
+        return to_x, None, None, *of_layers(to_downs, outs, divided(low, layers), ctx.scalings)
 
 
-class Added(torch.autograd.Function):
-    """The adapter's share of x, added to what a quantized base gave. Not in place: that may be a view, which autograd
-    lets nobody change."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        low = scaled(rows, a.T, scaling)
-        found = torch.addmm(out.reshape(-1, out.shape[-1]), low, b.T)
-        ctx.save_for_backward(rows, low, a, b)
-        ctx.scaling = scaling
-        return found.view(out.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, low, a, b = ctx.saved_tensors
-        out = upstream[0].reshape(-1, len(b))
-        slopes, to_a, to_b = of_adapter(ctx, out, rows, low, b, ctx.needs_input_grad[2:4])
-        to_x = (slopes @ a).view(*upstream[0].shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        return upstream[0], to_x, to_a, to_b, None
+def of_layers(
+    to_downs: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    lows: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+) -> list[torch.Tensor | None]:
+    """Gradients in the order of `Parts.tensors`, those of each B made of what its layer gave and was given."""
+    found: list[torch.Tensor | None] = []
+    for to_down, out, low, scaling in zip(to_downs, outs, lows, scalings, strict=True):
+        to_up = in_float32(out.T, low)
+        found += [None, None, to_down, to_up if scaling == 1 else to_up * scaling]
+    return found
 
 
-def of_adapter(
-    ctx: Any, out: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, needs: tuple[bool, bool]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `low` / s (tokens, rank), and of A and B in fp32, by that of the output: (tokens, out)."""
-    slopes = scaled(out, b, ctx.scaling)
-    to_a = in_float32(slopes.T, rows) if needs[0] else None
-    to_b = in_float32(out.T, low) if needs[1] else None
-    return slopes, to_a, to_b
+def dense(weight: Any, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's frozen weights (out, in) as numbers: of a base in 4 bits made anew whenever they are wanted."""
+    if state is None:
+        found: torch.Tensor = weight
+        return found
+    from bitsandbytes.functional import dequantize_4bit
 
-
-def scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    """s left right: the matmul scales as it writes. The compiler puts the factor where it costs nothing by itself."""
-    if scaling == 1:
-        return left @ right
-    if torch.compiler.is_compiling():
-        return left @ right * scaling
-    nothing = left.new_empty(1, 1).expand(left.shape[0], right.shape[1])  # times 0: it is not read
-    return torch.addmm(nothing, left, right, beta=0, alpha=scaling)
+    found = dequantize_4bit(weight.data, state).to(dtype)
+    return found
 
 
 def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -127,34 +228,34 @@ def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left @ right).float()
 
 
-def linear_plus(*operands: Any) -> torch.Tensor:
-    """As `plus_in_place`, also where the compiler looks on.
+def products(
+    lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The sum of left right and the bias: what one matmul made, the next adds to as it writes.
 
-    It makes everything functional, and would copy all activations before each sum: for it this is one operator that it
-    does not look into.
+    The compiler makes everything functional, and would copy all activations before each sum: for it this is one
+    operator that it does not look into.
     """
-    found: torch.Tensor = (plus_as_one if torch.compiler.is_compiling() else plus_in_place)(*operands)
+    add = products_as_one if torch.compiler.is_compiling() else products_in_place
+    found: torch.Tensor = add(list(lefts), list(rights), bias)
     return found
 
 
-def plus_in_place(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    low: torch.Tensor,
-    up: torch.Tensor,
-) -> torch.Tensor:
-    """x (tokens, in) W' + bias + low (tokens, rank) up': what the second matmul adds, it adds in place."""
-    return F.linear(x, weight, bias).addmm_(low, up.T)
+def products_in_place(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    left, right = lefts[0], rights[0]
+    out = left @ right if bias is None else torch.addmm(bias, left, right)
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        out.addmm_(left, right)
+    return out
 
 
-plus_as_one = torch.library.custom_op(
-    "opensloth::linear_plus",
-    plus_in_place,
+products_as_one = torch.library.custom_op(
+    "opensloth::products",
+    products_in_place,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor up) -> Tensor",
+    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias) -> Tensor",
 )
-plus_as_one.register_fake(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+products_as_one.register_fake(lambda lefts, rights, _: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
 
 
 def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
@@ -170,6 +271,6 @@ def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
     from peft.tuners.lora.bnb import Linear4bit
 
     class LoraLinear4bit(OneMatmul, Linear4bit):  # type: ignore[misc]
-        quantized = True
+        pass
 
     return {kinds.pop(): LoraLinear4bit, nn.Linear: LoraLinear}

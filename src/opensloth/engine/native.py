@@ -13,6 +13,7 @@ from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, flash, lora
 from opensloth.engine import head as last_layer
 from opensloth.engine.fused import fuse
+from opensloth.engine.joint import join
 from opensloth.engine.loss import pack_loss, padded_loss
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
@@ -44,6 +45,7 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         if device.type == "cuda":
             fuse(model)  # it leaves alone what trains
     trained = with_adapter(model, job, ref, seed, notes)
+    join(trained)
     if head is not None and model.get_output_embeddings() is not head.linear:
         head, why = None, "its head has an adapter"
     if head is None:

@@ -48,7 +48,7 @@ def layer_forward(layer: Any) -> Callable[..., torch.Tensor]:
 
 
 def mlp_forward(mlp: Any) -> Callable[..., torch.Tensor]:
-    from opensloth.rollout.gate import gated
+    from opensloth.engine.gate import gated
 
     def forward(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return projected(mlp.down_proj, gated(mlp.gate_proj(x), mlp.up_proj(x)), residual)

@@ -1,0 +1,53 @@
+"""Adapted layers that are computed together: attention's projections, and all of a gated MLP.
+
+A module gets another class, its own behind ours among the bases, so that what it is asked for beyond plain training
+goes on as before. The model is asked first: what does not compute the same stays as it is.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensloth.engine.lora_layer import TOGETHER, OneMatmul, Together, state_of
+from opensloth.engine.mlp import LAYERS, Gated, act
+
+KINDS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
+TOLERANCE = 0.02  # of the largest value: roundings of 16 bits stand in other places
+
+
+def join(model: nn.Module) -> None:
+    """Let the adapted modules of a model compute what they can at once, for as long as it lives."""
+    for module in list(model.modules()):
+        theirs: Any = type(module)
+        names = {name for name, _ in module.named_children()}
+        if adapted(module, TOGETHER):
+            module.__class__ = joint_kind(theirs, Together)
+        elif names == {*LAYERS, "act_fn"} and adapted(module, LAYERS):
+            kind = KINDS.get(type(module.act_fn).__name__)
+            if kind and gates(module, kind):
+                module.__class__ = joint_kind(theirs, Gated, kind)
+
+
+def adapted(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module has these layers, each of them ours, with one input."""
+    layers = [getattr(module, name, None) for name in names]
+    return not isinstance(module, Together | Gated) and all(isinstance(layer, OneMatmul) for layer in layers)
+
+
+@functools.cache
+def joint_kind(kind: type[nn.Module], ours: type[Any], act: str = "silu") -> type[nn.Module]:
+    """A module's class with our forward; one for all modules of a class, or the compiler would compile each anew."""
+    return type(f"{ours.__name__}{kind.__name__}", (ours, kind), {"kind": act})
+
+
+def gates(mlp: Any, kind: str) -> bool:
+    """Whether an MLP is D(act(G x) U x), and nothing else."""
+    base = mlp.gate_proj.get_base_layer()
+    dtype = base.weight.dtype if state_of(base) is None else base.compute_dtype
+    # with a gradient, since quantized layers change their weights at a forward without, where there is no card
+    x = torch.linspace(-2, 2, 2 * base.in_features, device=base.weight.device, dtype=dtype).view(2, -1).requires_grad_()
+    theirs = mlp(x).float()
+    ours = mlp.down_proj(act(mlp.gate_proj(x), kind) * mlp.up_proj(x)).float()
+    return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())
