@@ -6,6 +6,7 @@ import torch
 
 from opensloth.engine.policy import lay_out
 from opensloth.training import gradient_sync
+from opensloth.training.costs import Costs
 from opensloth.training.gradient_sync import Buckets, GradientSync, SyncSeconds, seconds_of
 from opensloth.training.grpo.micro_batches import Share, cut, load_of
 from opensloth.training.load import Load, evenness
@@ -88,6 +89,31 @@ def test_a_step_that_the_card_has_not_passed_is_read_later(monkeypatch):
     monkeypatch.setattr(gradient_sync, "passed", lambda moment: True)
     assert sync.read() == SyncSeconds(1, 2.0, 4.0)
     assert sync.so_far == SyncSeconds(2, 4.0, 8.0)
+
+
+def test_a_log_that_comes_late_tells_of_its_own_steps_alone():
+    costs = Costs(torch.device("cpu"))
+
+    def step(seconds):
+        costs.sync.unread.append(Buckets([0.0], [seconds], 2 * seconds))
+        costs.spend("train", 10 * seconds)
+        costs.step_done(7)
+
+    def told():
+        found = costs.a_step()
+        return [found[f"seconds/{name}"] for name in ("communication", "sync", "train")]
+
+    step(1.0)
+    step(3.0)
+    costs.close()
+    step(5.0)
+    costs.close()
+    assert told() == [2.0, 4.0, 20.0]
+    step(6.0)
+    assert told() == [5.0, 10.0, 50.0]
+    step(8.0)
+    assert told() == [7.0, 14.0, 70.0]  # at once
+    assert costs.so_far() == {"tokens": 35, "communication_seconds": 23.0, "sync_seconds": 46.0}
 
 
 def test_a_process_that_is_alone_has_nothing_to_synchronize():

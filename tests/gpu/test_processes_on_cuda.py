@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from opensloth.training.gradient_sync import Buckets, GradientSync, SyncSeconds, now
+from opensloth.training.gradient_sync import Buckets, GradientSync, SyncSeconds
+from opensloth.training.moments import now
 from training_fixtures import environment
 
 CYCLES = 10**9  # about half a second

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from grpo_fixtures import metrics
 from opensloth.engine import attention
+from opensloth.training.sft import pack_trainer
 from tiny import tiny_tokenizer
 from training_fixtures import begin, end, write_rows
 
@@ -20,6 +21,7 @@ LENGTHS = (1, 70, 3, 128, 40)
 JOB = ("rows.jsonl", "--model", "model", "--max-steps", 3, "--tokens-per-step", 600, "--warmup-steps", 0)
 # rounding of bfloat16, eight bits of which are kept, on values around 1
 BFLOAT16 = 0.03
+CYCLES = 10**9  # of a card: about half a second
 
 
 def boundaries():
@@ -130,6 +132,35 @@ def test_native_trains_in_bfloat16_on_packs(place, native):
     assert native == pytest.approx([math.log(VOCABULARY)] * 3, abs=0.5)  # what random weights lose
     check_adapter(place / "native")
     assert "cuda" in json.loads((place / "native" / "job.json").read_text())["world"]["devices"][0]
+
+
+def test_a_step_has_its_own_time_whether_the_card_or_the_host_is_the_slower_one(place, native, train_here, monkeypatch):
+    """Logs come one step late, and what the host does before it launches a step is part of that step."""
+    made, told = pack_trainer.trainer_class, []
+
+    def trainer_class():
+        class Slow(made()):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                if inputs["number"] + 1 == 3:
+                    torch.cuda._sleep(CYCLES)
+                elif inputs["number"] + 1 == 5:
+                    torch.randn(1500, 1500, dtype=torch.float64).svd()  # about a second of the host alone
+                return super().training_step(model, inputs, num_items_in_batch)
+
+            def tell(self, held):
+                told.append((held.step, self.state.global_step))
+                super().tell(held)
+
+        return Slow
+
+    monkeypatch.setattr(pack_trainer, "trainer_class", trainer_class)
+    steps = train_here(place, "sft", *JOB, "--max-steps", 6, "--engine", "native", "--output", "slow")
+    assert told == [(step, step + 1) for step in range(1, 6)]
+    assert [step["step"] for step in steps] == list(range(1, 7))
+    seconds = {step["step"]: step["seconds/step"] for step in steps[1:]}  # the first one warms up
+    assert set(sorted(seconds, key=seconds.get)[-2:]) == {3, 5}
+    assert seconds[3] > 0.05
+    assert seconds[6] > 0
 
 
 def test_four_bit_trains(place, native, train_here):

@@ -75,8 +75,9 @@ class Metrics(TrainerCallback):
         if step:
             logs["epoch"] = round(self.epochs[step - 1], 4)
         if "loss" in logs:
-            now = time.monotonic()
-            steps, seconds = range(self.step, step), max(now - self.at, 1e-9)
+            now, steps = time.monotonic(), range(self.step, step)
+            timed = "seconds/step" in logs  # by the device; a log that comes late finds the host at another step
+            seconds = logs["seconds/step"] * len(steps) if timed else max(now - self.at, 1e-9)
             logs["seconds/step"] = round(seconds / max(1, len(steps)), 4)
             self.add_speed(logs, steps, seconds)
             logs["memory_gib"] = round(peak_memory(self.device) / 2**30, 3)

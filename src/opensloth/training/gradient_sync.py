@@ -4,7 +4,6 @@ DDP's own figures (`_get_ddp_logging_data`) make the host wait for the card in e
 moments are marked while a step runs (on a card by events in its stream) and read with a log, once they are past.
 """
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-Moment = float | torch.cuda.Event
+from opensloth.training.moments import Moment, between, now, passed
 
 
 @dataclass
@@ -62,10 +61,11 @@ class GradientSync:
             self.unread.append(self.current)
             self.current = Buckets()
 
-    def read(self) -> SyncSeconds:
-        """Of the steps since the last call that the card has passed; the others come with the next call."""
-        found = SyncSeconds()
-        while self.unread and passed(self.unread[0].end):
+    def read(self, first: int | None = None) -> SyncSeconds:
+        """Of the first steps that are not read yet (None: of all) those that the card has passed; the others come with
+        the next call."""
+        found, due = SyncSeconds(), len(self.unread) if first is None else first
+        while self.unread and found.steps < due and passed(self.unread[0].end):
             found += seconds_of(self.unread.pop(0))
         self.so_far += found
         return found
@@ -90,27 +90,6 @@ def mean_over_processes(
     work: Any = dist.all_reduce(gradients, async_op=True)
     reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(arrived)
     return reduced
-
-
-def now(device: torch.device) -> Moment:
-    if device.type != "cuda":
-        return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def passed(moment: Moment | None) -> bool:
-    return not isinstance(moment, torch.cuda.Event) or bool(moment.query())  # type: ignore[no-untyped-call]
-
-
-def between(start: Moment, end: Moment) -> float:
-    """Seconds."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return float(start.elapsed_time(end)) / 1000
-    assert isinstance(start, float)
-    assert isinstance(end, float)
-    return end - start
 
 
 def seconds_of(step: Buckets) -> SyncSeconds:

@@ -12,6 +12,8 @@ from opensloth.engine.compiled import eager
 from opensloth.engine.model import Loss
 from opensloth.errors import WorkerFailed
 from opensloth.training.costs import Costs
+from opensloth.training.laps import FirstLap, Laps
+from opensloth.training.sft.late_log import LogsLate
 from opensloth.training.sft.loader import Batcher, Step, Steps
 from opensloth.training.stopping import StopOnSignal
 from opensloth.training.trainer import Fault, KeepsRun, RunFiles, finite, kept_weights
@@ -42,7 +44,7 @@ def trainer_class() -> type[Any]:
     """Made on request, because `import unsloth` replaces `trl.SFTTrainer` by its own class."""
     from trl import SFTTrainer
 
-    class PackTrainer(KeepsRun, SFTTrainer):
+    class PackTrainer(LogsLate, KeepsRun, SFTTrainer):
         """TRL's trainer; each batch of its loader is one optimizer step (`training.loader.Step`)."""
 
         control: Any  # transformers' TrainerControl
@@ -51,11 +53,13 @@ def trainer_class() -> type[Any]:
         def __init__(self, run: Run, **arguments: Any) -> None:
             self.run, self.files = run, run.files
             self.since_log = []
-            self.costs = Costs(arguments["args"].device)
+            self.laps = Laps(arguments["args"].device)
+            self.costs = Costs(arguments["args"].device, self.laps)
             self.best_loss = self.best_so_far("eval_loss", float("inf"))
             put_back = kept_weights(arguments["model"])
             super().__init__(**arguments)
             put_back()
+            self.add_callback(FirstLap(self.laps))
 
         def get_train_dataloader(self) -> Any:
             # as it is: accelerate would divide the rank's own steps among the ranks once more
@@ -95,8 +99,21 @@ def trainer_class() -> type[Any]:
                 for name, value in inputs.items()
             }
 
-        @torch.no_grad()
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """Log the loss of the held-out rows, and keep the best weights. Raises as `held_out_loss`."""
+            with self.laps.pause():
+                loss = self.held_out_loss()
+                self.log({"eval_loss": loss})
+                if loss < self.best_loss:
+                    self.best_loss = loss
+                    self.save_best({"eval_loss": loss})
+            metrics = {"eval_loss": loss}
+            # without this the trainer would evaluate the last step twice
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+        @torch.no_grad()
+        def held_out_loss(self) -> float:
             """The token-weighted mean loss of the held-out rows; equal for any number of processes.
 
             Raises Dropped on all processes, once each is through, where any of them was asked to stop meanwhile.
@@ -119,14 +136,11 @@ def trainer_class() -> type[Any]:
                     f"The eval loss is {loss} after step {self.state.global_step}.",
                     "Lower --lr, or look at the held-out rows. The last checkpoint is kept.",
                 )
-            self.log({"eval_loss": loss})
-            if loss < self.best_loss:
-                self.best_loss = loss
-                self.save_best({"eval_loss": loss})
-            metrics = {"eval_loss": loss}
-            # without this the trainer would evaluate the last step twice
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
+            return loss
+
+        def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+            with self.laps.pause():
+                super()._save_checkpoint(model, trial)
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self.check_finite(logs)
