@@ -65,6 +65,7 @@ def launch_all(dtype):
     """Every kernel that the product launches, in a shape of Qwen3-0.6B and of SmolLM2."""
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
+    from opensloth.engine.softmax import loss_and_slopes, scores_of, slopes_of
     from opensloth.rollout.draw import choose_whole
     from opensloth.rollout.gate import gated
     from opensloth.rollout.kernel import Norm, Turn, attend
@@ -86,6 +87,11 @@ def launch_all(dtype):
         logits = torch.zeros(rows, vocabulary, dtype=dtype)
         for uniforms in (None, torch.zeros(rows, dtype=torch.float64)):
             choose_whole(logits, 1.0, uniforms)
+        for cap in (None, 30.0):
+            for slopes in (False, True):
+                loss_and_slopes(logits, source, cap, slopes)
+            scores_of(logits, source, 0.6, cap)
+            slopes_of(logits, source, torch.zeros(rows), 0.6, cap)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from pathlib import Path
 from interpreted import needs_triton
 from training_fixtures import environment
 
-KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw", "_gate"}
+KERNELS = {
+    *("_normalize", "_rotate", "_cross_entropy", "_score", "_slope"),
+    *("_attend", "_summarize", "_draw", "_gate"),
+}
 
 
 @needs_triton
