@@ -66,6 +66,7 @@ def launch_all(dtype):
     from opensloth.engine.gate import Shares, gated, gated_back
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
+    from opensloth.engine.softmax import loss_and_slopes, scores_of, slopes_of
     from opensloth.rollout.draw import choose_whole
     from opensloth.rollout.kernel import Norm, Turn, attend
 
@@ -94,6 +95,11 @@ def launch_all(dtype):
         logits = torch.zeros(rows, vocabulary, dtype=dtype)
         for uniforms in (None, torch.zeros(rows, dtype=torch.float64)):
             choose_whole(logits, 1.0, uniforms)
+        for cap in (None, 30.0):
+            for slopes in (False, True):
+                loss_and_slopes(logits, source, cap, slopes)
+            scores_of(logits, source, 0.6, cap)
+            slopes_of(logits, source, torch.zeros(rows), 0.6, cap)
 
 
 if __name__ == "__main__":

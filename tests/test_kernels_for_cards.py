@@ -8,7 +8,10 @@ from pathlib import Path
 from interpreted import needs_triton
 from training_fixtures import environment
 
-KERNELS = {"_normalize", "_rotate", "_attend", "_summarize", "_draw", "_gate", "_gate_back"}
+KERNELS = {
+    *("_gate", "_gate_back", "_normalize", "_rotate", "_cross_entropy", "_score", "_slope"),
+    *("_attend", "_summarize", "_draw"),
+}
 
 
 @needs_triton

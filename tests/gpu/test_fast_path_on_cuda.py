@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from opensloth.engine import attention, fused, head, lora_layer, mlp, policy
+from opensloth.engine import attention, fused, head, lora_layer, loss, mlp, policy
 from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
 from opensloth.engine.joint import join
@@ -61,7 +61,7 @@ def slow(arch, made, device, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
-def test_compiled_layers_and_loss_equal_the_plain_ones(arch, monkeypatch, device):
+def test_compiled_layers_equal_the_plain_ones(arch, monkeypatch, device):
     pack = on(device, batcher(rows(), packing=True)([0, 1, 2, 3, 4]))
     losses, found = [], []
     for compiles in (False, True):
@@ -71,7 +71,6 @@ def test_compiled_layers_and_loss_equal_the_plain_ones(arch, monkeypatch, device
         model.set_attn_implementation(attention.NAME)
         if compiles:
             compile_layers(model, dynamic=False)
-            last.compiles = True
         loss = pack_loss(model, pack, last)
         loss.backward()
         losses.append(loss.item())
@@ -123,6 +122,38 @@ def test_chunks_of_a_real_vocabulary_have_the_loss_and_gradient_of_all_logits(de
     assert torch.cuda.max_memory_allocated() - before < 4 * head.CHUNK_BYTES
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     assert off(hidden.grad, wide.grad) < LOGITS
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_kernels_make_of_a_real_vocabulary_what_torch_makes_of_it(cap, device):
+    """A chunk of bfloat16 logits with masked tokens: loss, scores, and the slopes of both, written over the logits.
+
+    Both round slopes once, from fp32 numbers that differ in their last bits: a step of bfloat16 apart at most.
+    """
+    from opensloth.engine import softmax
+
+    torch.manual_seed(0)
+    raw = (6 * torch.randn(768, 151_936, device=device)).bfloat16()
+    targets = torch.randint(0, 151_936, (768,), device=device)
+    raw[::2, :5_000], raw[::3, 7::16] = -torch.inf, -torch.inf
+    raw.scatter_(1, targets[:, None], 20.0)
+    assert head.by_kernel(raw)
+    expected, slopes = loss.loss_and_slopes(raw.clone(), targets, cap, True)
+    overwritten = raw.clone()
+    found, returned = softmax.loss_and_slopes(overwritten, targets, cap, True)
+    assert returned is overwritten
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(overwritten.float(), slopes.float(), rtol=2**-7, atol=1e-6)
+    capped = raw.double() if cap is None else cap * torch.tanh(raw.double() / cap)
+    exact = (capped / 0.7).log_softmax(-1)
+    logps, entropy = softmax.scores_of(raw, targets, 0.7, cap)
+    assert torch.allclose(logps, exact.gather(1, targets[:, None])[:, 0].float(), atol=1e-4)
+    assert torch.allclose(entropy, -(exact.exp() * exact.clamp(min=-1e9)).sum(-1).float(), atol=1e-4)
+    upstream = torch.linspace(-1, 1, 768, device=device)
+    slopes = policy.slopes_of(raw.clone(), targets, upstream, 0.7, cap)
+    assert torch.allclose(
+        softmax.slopes_of(raw, targets, upstream, 0.7, cap).float(), slopes.float(), rtol=2**-7, atol=1e-6
+    )
 
 
 def test_scores_of_packed_completions_equal_those_of_padded_ones(device):

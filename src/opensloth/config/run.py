@@ -62,7 +62,7 @@ class TrainOptions(Settings):
         "auto", "Trade time for memory; auto goes by free memory.", choices=CHECKPOINTING
     )
     compile: str = option(
-        "auto", "Compile the layers and the loss (engine native); auto does for long SFT on a card.", choices=COMPILE
+        "auto", "Compile the layers (engine native); auto does for long SFT on a card.", choices=COMPILE
     )
 
     logging_steps: int = option(1, "Log every N steps.", ge=1)

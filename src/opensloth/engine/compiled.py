@@ -1,13 +1,12 @@
-"""Layers and loss compiled: what stands between the matmuls of a layer becomes a few kernels instead of fifty.
+"""Layers compiled: what stands between the matmuls of a layer becomes a few kernels instead of fifty.
 
-Each layer is compiled alone, so that one compilation serves them all, and so is what is made of a chunk of logits.
-torch keeps what it compiled on the disk, and the next run finds it there.
+Each layer is compiled alone, so that one compilation serves them all. torch keeps what it compiled on the disk, and the
+next run finds it there.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,18 +27,6 @@ def compile_layers(model: torch.nn.Module, *, dynamic: bool) -> None:
     base: Any = base_of(model)
     for layer in base.get_decoder().layers:
         layer.compile(dynamic=True if dynamic else None)
-
-
-@cache
-def by_chunk(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a chunk of logits (tokens, vocabulary), its first argument, compiled for any number of tokens."""
-    compiled = torch.compile(function, dynamic=True)
-
-    def run(logits: torch.Tensor, *more: Any) -> Any:
-        torch._dynamo.mark_static(logits, 1)
-        return compiled(logits, *more)
-
-    return run
 
 
 @contextmanager

@@ -4,12 +4,12 @@ The model runs as it always does, through DDP and whatever else wraps it, but it
 it. Loss (engine/loss.py) and log-probabilities (engine/policy.py) then make logits for a chunk of tokens, use them, and
 let them go.
 
-Why not Liger's fused loss: it runs on Triton alone, so that nothing of it could be held to the slow path on a CPU; it
-knows no log-probabilities of a policy; and its chunks follow the ratio of hidden size to vocabulary, 256 tokens of a
-pack of 32,768 for a 0.6B model, which leaves a card idle between them.
+Why not Liger's fused loss: it has nothing for a CPU, knows no log-probabilities of a policy, and its chunks follow the
+ratio of hidden size to vocabulary, 256 tokens of a pack of 32,768 for a 0.6B model, which leaves a card idle between
+them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from opensloth.engine import compiled
+from opensloth.engine.fused import TRITON
 from opensloth.engine.lora import base_of
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32: large enough for matmuls at full speed, small beside activations
@@ -32,21 +32,15 @@ class Head:
 
     Attributes:
         cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
-        compiles: whether what is made of a chunk's logits is compiled.
     """
 
     linear: nn.Linear
     cap: float | None = None
-    compiles: bool = False
 
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
         bare: Any = base_of(getattr(model, "module", model))  # DDP's
-        return Head(bare.get_output_embeddings(), self.cap, self.compiles)
-
-    def by_chunk(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of a chunk's logits, as this head runs it."""
-        return compiled.by_chunk(function) if self.compiles else function
+        return Head(bare.get_output_embeddings(), self.cap)
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""
@@ -79,6 +73,11 @@ def chunks(count: int, vocabulary: int) -> Iterator[slice]:
         size = size // 128 * 128  # whole tiles of a matmul
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def by_kernel(hidden: torch.Tensor) -> bool:
+    """Whether engine/softmax.py takes the logits of `hidden`, which are of its type: on a card that has Triton."""
+    return hidden.is_cuda and TRITON and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def logits_of(raw: torch.Tensor, cap: float | None) -> torch.Tensor:

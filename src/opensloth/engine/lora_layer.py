@@ -141,9 +141,8 @@ def kept(layers: Sequence[Layer]) -> list[torch.Tensor]:
 
 def again(tensors: Sequence[torch.Tensor], states: Sequence[Any]) -> list[Layer]:
     """The layers of `kept`, without their biases."""
-    return [
-        Layer(*three, state) for *three, state in zip(*(tensors[kind::3] for kind in range(3)), states, strict=True)
-    ]
+    of_each = zip(tensors[::3], tensors[1::3], tensors[2::3], states, strict=True)
+    return [Layer(weight, down, up, state) for weight, down, up, state in of_each]
 
 
 def down_of(layers: Sequence[Layer]) -> torch.Tensor:

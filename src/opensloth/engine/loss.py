@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from opensloth.engine.head import Gradients, Head, before_cap, chunks, logits_of
+from opensloth.engine.head import Gradients, Head, before_cap, by_kernel, chunks, logits_of
 
 IGNORED = -100
 
@@ -86,7 +86,11 @@ class CrossEntropy(torch.autograd.Function):
         head: Head,
         needs: tuple[bool, bool, bool],
     ) -> torch.Tensor:
-        made_of = head.by_chunk(loss_and_slopes)
+        made_of = loss_and_slopes
+        if by_kernel(hidden):
+            from opensloth.engine import softmax
+
+            made_of = softmax.loss_and_slopes
         total = torch.zeros((), device=hidden.device)
         gradients = Gradients(hidden, weight, bias, needs)
         for part in chunks(len(hidden), len(weight)):

@@ -38,10 +38,8 @@ class Engine:
     head: Head | None = None
 
     def compile(self, *, dynamic: bool) -> None:
-        """Compile the layers, and what is made of a chunk's logits; as compiled.compile_layers."""
+        """As compiled.compile_layers."""
         compile_layers(self.model, dynamic=dynamic)
-        if self.head is not None:
-            self.head.compiles = True
 
     @property
     def packs_natively(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from opensloth.engine import attention
-from opensloth.engine.head import Gradients, Head, before_cap, chunks, logits_of
+from opensloth.engine.head import Gradients, Head, before_cap, by_kernel, chunks, logits_of
 
 ALIGNED = 8  # numbers: 64 bytes, as kernels like their inputs to begin
 
@@ -211,7 +211,11 @@ class HeadScores(torch.autograd.Function):
         temperature: float,
         head: Head,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        score_chunk = head.by_chunk(scores_of)
+        score_chunk = scores_of
+        if by_kernel(hidden):
+            from opensloth.engine import softmax
+
+            score_chunk = softmax.scores_of
         logps = torch.empty(len(hidden), device=hidden.device)
         entropy = torch.empty_like(logps)
         for part in chunks(len(hidden), len(weight)):
@@ -226,7 +230,11 @@ class HeadScores(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        slopes_of_chunk = ctx.head.by_chunk(slopes_of)
+        slopes_of_chunk = slopes_of
+        if by_kernel(hidden):
+            from opensloth.engine import softmax
+
+            slopes_of_chunk = softmax.slopes_of
         for part in chunks(len(hidden), len(weight)):
             raw, wanted = F.linear(hidden[part], weight, bias), upstream[0][part]
             gradients.add(part, slopes_of_chunk(raw, targets[part], wanted, ctx.temperature, ctx.head.cap))
