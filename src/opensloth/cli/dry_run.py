@@ -97,7 +97,7 @@ def memory_figures(
         return {"memory": f"not estimated: {model}"}
     import torch
 
-    from opensloth.engine import choose, memory
+    from opensloth.engine import choose, head, joint, memory
 
     device = torch.device(world.devices[0])
     dtype = getattr(torch, choose.dtype(job, device).value)
@@ -107,10 +107,12 @@ def memory_figures(
         from opensloth.engine import lora
 
         lora.targets(without_weights(config, trusted), job.lora_targets)
-    need = memory.estimate(config, job, dtype.itemsize)
+    gated = joint.will_be_gated(without_weights(config, trusted), job)
+    means = memory.Means(in_place=head.in_place(dtype, device), gated=gated)
+    need = memory.estimate(config, job, dtype.itemsize, means)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":
-        pack = memory.plan(config, job, device, longest or 1, dtype).pack_tokens
+        pack = memory.plan(config, job, device, longest or 1, dtype, means=means).pack_tokens
         text = f"{size(need.total(pack))} a process with packs of {pack:,} tokens ({text})"
     weights = need.adapter // 4  # fp32 weights, gradients and two moments are equal parts of it
     disk = weights * (3 * job.save_total_limit + 2)

@@ -76,8 +76,13 @@ def chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 def by_kernel(hidden: torch.Tensor) -> bool:
-    """Whether engine/softmax.py takes the logits of `hidden`, which are of its type: on a card that has Triton."""
-    return hidden.is_cuda and TRITON and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether engine/softmax.py takes the logits of `hidden`, which are of its type."""
+    return in_place(hidden.dtype, hidden.device)
+
+
+def in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether what is made of logits is written over them: on a card that has Triton."""
+    return device.type == "cuda" and TRITON and dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def logits_of(raw: torch.Tensor, cap: float | None) -> torch.Tensor:

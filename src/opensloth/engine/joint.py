@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensloth.engine.lora_layer import TOGETHER, OneMatmul, Together, state_of
+from opensloth.config.run import TrainOptions
+from opensloth.engine.lora_layer import TOGETHER, OneMatmul, Together, is_plain, state_of
 from opensloth.engine.mlp import LAYERS, Gated, act
 
 KINDS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
@@ -21,13 +22,30 @@ def join(model: nn.Module) -> None:
     """Let the adapted modules of a model compute what they can at once, for as long as it lives."""
     for module in list(model.modules()):
         theirs: Any = type(module)
-        names = {name for name, _ in module.named_children()}
         if adapted(module, TOGETHER):
             module.__class__ = joint_kind(theirs, Together)
-        elif names == {*LAYERS, "act_fn"} and adapted(module, LAYERS):
-            kind = KINDS.get(type(module.act_fn).__name__)
-            if kind and gates(module, kind):
-                module.__class__ = joint_kind(theirs, Gated, kind)
+        elif (kind := gate_of(module)) and adapted(module, LAYERS) and gates(module, kind):
+            module.__class__ = joint_kind(theirs, Gated, kind)
+
+
+def gate_of(module: nn.Module) -> str | None:
+    """The activation of a module that has the layers of a gated MLP and no others; None of other modules."""
+    if {name for name, _ in module.named_children()} != {*LAYERS, "act_fn"}:
+        return None
+    return KINDS.get(type(module.act_fn).__name__)
+
+
+def will_be_gated(model: nn.Module, options: TrainOptions) -> bool:
+    """As `gated` of a model that has no adapter yet, by what it is made of."""
+    plain = not (options.full_finetuning or options.load_in_8bit or options.lora_dropout or options.engine == "unsloth")
+    return plain and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, model.modules()))
+
+
+def gated(model: nn.Module) -> bool:
+    """Whether the MLPs of a model that trains are one function each."""
+    found = [module for module in model.modules() if isinstance(module, Gated)]
+    layers = [getattr(module, name) for module in found for name in LAYERS]
+    return bool(found) and all(is_plain(layer, layer.active_adapters[0], trains=True) for layer in layers)
 
 
 def adapted(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -59,11 +59,15 @@ def serves(layer: Any, x: torch.Tensor) -> bool:
     return bool(kind == type_of(x) and not base.weight.requires_grad)
 
 
-def is_plain(layer: Any, name: str) -> bool:
-    """Whether an adapter is LoRA as first described (arXiv 2106.09685), without a variant or dropout in use."""
+def is_plain(layer: Any, name: str, trains: bool = False) -> bool:
+    """Whether an adapter is LoRA as first described (arXiv 2106.09685), without a variant or dropout in use.
+
+    Args:
+        trains: as if the layer trained already.
+    """
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
         return False
-    return isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training
+    return isinstance(layer.lora_dropout[name], nn.Identity) or not (layer.training or trains)
 
 
 def state_of(base: Any) -> Any:

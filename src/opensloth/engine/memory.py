@@ -48,6 +48,24 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 @dataclass(frozen=True)
+class Means:
+    """What an engine does in order to need less.
+
+    Attributes:
+        chunked: it makes logits of a chunk of tokens at a time (engine/head.py).
+        in_place: what is made of them is written over them (engine/softmax.py).
+        gated: a gated MLP is one function, which keeps half (engine/mlp.py).
+    """
+
+    chunked: bool = True
+    in_place: bool = False
+    gated: bool = False
+
+
+ALL_LOGITS = Means(chunked=False)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes a run needs on one device."""
 
@@ -65,7 +83,9 @@ class Estimate:
         return f"{fixed:.2f} GiB for weights, adapter and head, {room:.2f} GiB per 1,024 tokens of a pack"
 
 
-def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int = 2, chunked: bool = True) -> Estimate:
+def estimate(
+    config: PretrainedConfig, options: TrainOptions, compute_bytes: int = 2, means: Means = Means()
+) -> Estimate:
     """Bytes by the model's shape.
 
     Logits count once for a chunk of tokens, with what the loss or a policy's scores make of them there; a pack keeps
@@ -75,7 +95,6 @@ def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int
 
     Args:
         compute_bytes: of one number of the computation (2 for bfloat16).
-        chunked: whether logits are made chunk by chunk.
     """
     shape = Shape.of(config)
     base_bytes = 0.56 if options.load_in_4bit else 1.06 if options.load_in_8bit else compute_bytes
@@ -86,21 +105,24 @@ def estimate(config: PretrainedConfig, options: TrainOptions, compute_bytes: int
     trained = shape.parameters if options.full_finetuning else adapter_parameters
     weights = 0 if options.full_finetuning else math.ceil(shape.parameters * base_bytes)
     # saved for backward in each layer: the inputs of the linears, norms, attention
-    saved = compute_bytes * (8 * shape.hidden + 2 * shape.heads_width + 4 * shape.intermediate)
+    of_mlp = (2 if means.gated else 4) * shape.intermediate
+    saved = compute_bytes * (8 * shape.hidden + 2 * shape.heads_width + of_mlp)
     if options.lora_dropout or options.load_in_8bit or options.engine == "unsloth":
         saved += 4 * (3 * shape.hidden + shape.intermediate)
+    working = 4 * compute_bytes * shape.intermediate  # of the layer that the backward pass is in
     layers = shape.layers * saved
     if options.gradient_checkpointing == "full":
         layers = shape.layers * compute_bytes * shape.hidden + saved
     elif options.gradient_checkpointing == "selective":
         layers = shape.layers // 2 * (saved + compute_bytes * shape.hidden)
-    logit = 2 * compute_bytes + 3 * 4  # as computed, in fp32 with its probability and one more, and its gradient
-    if not chunked:
-        return Estimate(weights, trained * state, 0, layers + shape.vocabulary * logit)
+    # as computed and its gradient, which may be the same place; else in fp32 too, with its probability and one more
+    logit = 2 * compute_bytes + (0 if means.in_place else 3 * 4)
+    if not means.chunked:
+        return Estimate(weights, trained * state, 0, layers + working + shape.vocabulary * logit)
     head = CHUNK_BYTES // 4 * logit
     if options.full_finetuning:  # the gradient of its weight in fp32, and copies of both in the compute type
         head += shape.vocabulary * shape.hidden * (4 + 2 * compute_bytes)
-    return Estimate(weights, trained * state, head, layers + 2 * compute_bytes * shape.hidden)
+    return Estimate(weights, trained * state, head, layers + working + 2 * compute_bytes * shape.hidden)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -128,7 +150,7 @@ def plan(
     longest: int,
     dtype: torch.dtype,
     kept: int = 0,
-    chunked: bool = True,
+    means: Means = Means(),
     step: int | None = None,
 ) -> MemoryPlan:
     """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
@@ -136,7 +158,7 @@ def plan(
     Args:
         longest: the longest row; a pack must hold it whole.
         kept: bytes that something else will take and keep (the buffers of rollouts).
-        chunked: whether logits are made chunk by chunk, as `estimate` has it.
+        means: as `estimate` has them.
         step: tokens of this process's share of an optimizer step, where they are known: packs then divide it evenly.
     """
     free = free_bytes(device)
@@ -149,7 +171,7 @@ def plan(
     for mode in ("none", "selective", "full") if asked == "auto" else (asked,):
         if free is None:
             break
-        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize, chunked)
+        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize, means)
         chosen, fits = mode, int((free * (1 - SPARE) - need.adapter - need.head) / need.per_token)
         if fits >= wanted:
             break

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
+from opensloth.engine.memory import ALL_LOGITS, Means
 
 Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
 
@@ -25,6 +26,7 @@ class Engine:
         autocast: whether the trainer must cast the computation (the weights are kept in another type).
         notes: what the user should know of the choices made, one line each.
         head: of the model, where logits can be made of it chunk by chunk.
+        means: what it does in order to need less memory.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Engine:
     autocast: bool
     notes: list[str]
     head: Head | None = None
+    means: Means = ALL_LOGITS
 
     def compile(self, *, dynamic: bool) -> None:
         """As compiled.compile_layers."""

@@ -13,8 +13,9 @@ from opensloth.data.models.resolve import ModelRef, load_tokenizer
 from opensloth.engine import attention, choose, flash, lora
 from opensloth.engine import head as last_layer
 from opensloth.engine.fused import fuse
-from opensloth.engine.joint import join
+from opensloth.engine.joint import gated, join
 from opensloth.engine.loss import pack_loss, padded_loss
+from opensloth.engine.memory import Means
 from opensloth.engine.model import Engine
 from opensloth.errors import UserError
 
@@ -60,6 +61,7 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         autocast=job.full_finetuning and dtype != torch.float32,
         notes=notes,
         head=head,
+        means=Means(head is not None, last_layer.in_place(dtype, device), gated(trained)),
     )
 
 

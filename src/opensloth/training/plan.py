@@ -27,8 +27,7 @@ def choose(
 
     `longest`, `kept` and `step` as memory.plan has them. Each time that a card ran out of memory halves the packs.
     """
-    chunked = engine.head is not None
-    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept, chunked, step)
+    mine = memory.plan(engine.model.config, options, device, longest, engine.dtype, kept, engine.means, step)
     halvings = int(os.environ.get(HALVINGS, "0"))
     mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
     plans = of_all(mine)
