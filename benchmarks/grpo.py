@@ -11,6 +11,7 @@ as the trainer calls it (rollouts.py). Unsloth and TRL run as their documents sh
 rollouts are the generation within their own steps, timed there. Each process has a time limit, and what was measured
 is kept in FOLDER at once. Prints a table and writes benchmarks/results/grpo-<card>.json.
 
+    --profile     steps of ours go on for some more in the profiler; FOLDER/profiles has where their time went
     --rehearse    a tiny model on a CPU, in seconds. Unsloth is listed as failed where it is not installed.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import profiled
 import series
 import tables
 from series import HERE, Job, Outcome, Point, Series
@@ -92,10 +94,12 @@ TINY = Plan(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     series.end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), TINY if arguments.rehearse else FULL)
+    data.profile = arguments.profile
     mine = [ours(data, size, setting) for size, setting in data.plan.ours]
     peers = [peer(data, size, impl, setting) for size, impl, setting in data.plan.peers]
     first = next((place for place, job in enumerate(mine) if "generate" in job.name), len(mine))
@@ -119,13 +123,14 @@ def compared(rows: list[Outcome]) -> Mapping[str, Any]:
     return {"rows": sorted(rows, key=place), "best": best}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Data:
-    """The model and the prompts, made when they are first asked for."""
+    """The model and the prompts, made when they are first asked for; `profile` says whether steps of ours have one."""
 
     work: Path
     tokenizer: Path
     plan: Plan
+    profile: bool = False
 
     @property
     def directory(self) -> Path:
@@ -161,26 +166,30 @@ def ours(data: Data, size: Size, setting: str) -> Job:
     """Whole steps of `os-grpo`."""
     measured = point(data, size, "opensloth", setting, "step", {})
     run = data.work / "runs" / series.as_file(measured.name)
-    command = [*(sys.executable, "-m", "opensloth.cli.grpo", str(data.directory), "--model", str(data.model))]
+    program, steps = ["-m", "opensloth.cli.grpo"], size.steps
+    if data.profile:
+        program, steps = [str(HERE / "profiled.py"), f"grpo:{size.steps}"], size.steps + profiled.STEPS
+    command = [sys.executable, *program, str(data.directory), "--model", str(data.model)]
     rollout, _, compiled = setting.partition(", ")
     command += ["--output", str(run), "--force", "--rollout", rollout, "--rewards", f"{REWARD}:spread"]
     command += ["--compile", "on" if compiled else "off"]
     command += ["--prompts-per-step", str(size.completions // size.group), "--group-size", str(size.group)]
-    command += ["--max-new", str(size.new), "--max-steps", str(size.steps), "--print-samples-every", "0"]
+    command += ["--max-new", str(size.new), "--max-steps", str(steps), "--print-samples-every", "0"]
     return Job(
         name=measured.name,
         points=[measured],
         command=command,
         seconds=180,
         before=data.make,
-        collect=partial(read_run, run, size),
+        collect=partial(read_run, run, size, data, measured.name),
     )
 
 
-def read_run(run: Path, size: Size) -> Outcome:
+def read_run(run: Path, size: Size, data: Data, name: str) -> Outcome:
     """What a finished run of ours says of its steps."""
+    series.keep_profile(run / profiled.PROFILE, data.work, name)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in logged if line["step"] > WARM_UP and "seconds/step" in line]
+    steps = [line for line in logged if WARM_UP < line["step"] <= size.steps and "seconds/step" in line]
     seconds = statistics.fmean(line["seconds/step"] for line in steps)
     tokens = size.completions * statistics.fmean(line["completions/mean_length"] for line in steps)
     split = {
@@ -229,6 +238,7 @@ def peer(data: Data, size: Size, impl: str, setting: str) -> Job:
         name=f"{size.completions}x{size.new}/{impl}/{setting}",
         points=points,
         command=[sys.executable, str(HERE / "peers" / "train_grpo.py")],
+        early=True,
         told={"data": str(data.directory), "model_directory": str(data.model), "reward": str(REWARD)},
         seconds=240,
         before=data.make,

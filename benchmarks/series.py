@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ class Job:
         told: what the process reads beside its points.
         before: makes what the process needs (models); its time does not count for the job.
         collect: reads the measurement from what a process left that does not write to `found.jsonl` itself.
+        early: whether its process is started while the job before is measured, to import its libraries, which takes a
+            minute; it then waits for its turn (`await_turn`).
     """
 
     name: str
@@ -61,6 +64,7 @@ class Job:
     seconds: float = 300
     before: Callable[[], object] = lambda: None
     collect: Callable[[], Outcome] | None = None
+    early: bool = False
 
 
 class Series:
@@ -78,6 +82,7 @@ class Series:
         for folder in ("jobs", "logs"):
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         self.points: dict[str, Point] = {}
+        self.started: dict[str, subprocess.Popen[bytes]] = {}  # early, by the names of their jobs
         self.earlier = {name for name, outcome in self.found().items() if "failed" in outcome} if again else set()
 
     def found(self) -> dict[str, Outcome]:
@@ -98,36 +103,48 @@ class Series:
         """Measure what is not there yet."""
         for job in jobs:
             self.points |= {point.name: point for point in job.points}
-        for job in jobs:
-            done = self.found().keys() - self.earlier
-            missing = [point for point in job.points if point.name not in done]
-            try:
-                if missing and self.left() > LEAST_SECONDS:
-                    job.before()
-            except NotMade as error:
-                for point in missing:
-                    self.keep(point.name, failed=str(error))
-                continue
-            idle = 0  # processes in a row that measured nothing
-            while missing and idle < MOST_IDLE and self.left() > LEAST_SECONDS:
-                done = self.measure(job, missing)
-                idle = 0 if any("row" in outcome for outcome in done.values()) else idle + 1
-                self.earlier -= done.keys()
-                missing = [point for point in missing if point.name not in done]
-                if idle == MOST_IDLE:
-                    for point in missing:
-                        self.keep(point.name, **next(reversed(done.values()), {"failed": "nothing was measured"}))
+        try:
+            for place, job in enumerate(jobs):
+                self.run_one(job, jobs[place + 1 :])
+        finally:
+            for process in self.started.values():
+                end(process)
 
-    def measure(self, job: Job, points: Sequence[Point]) -> dict[str, Outcome]:
+    def missing(self, job: Job) -> list[Point]:
+        done = self.found().keys() - self.earlier
+        return [point for point in job.points if point.name not in done]
+
+    def run_one(self, job: Job, later: Sequence[Job]) -> None:
+        missing = self.missing(job)
+        try:
+            if missing and self.left() > LEAST_SECONDS:
+                job.before()
+        except NotMade as error:
+            for point in missing:
+                self.keep(point.name, failed=str(error))
+            return
+        idle = 0  # processes in a row that measured nothing
+        while missing and idle < MOST_IDLE and self.left() > LEAST_SECONDS:
+            done = self.measure(job, missing, later)
+            idle = 0 if any("row" in outcome for outcome in done.values()) else idle + 1
+            self.earlier -= done.keys()
+            missing = [point for point in missing if point.name not in done]
+            if idle == MOST_IDLE:
+                for point in missing:
+                    self.keep(point.name, **next(reversed(done.values()), {"failed": "nothing was measured"}))
+
+    def measure(self, job: Job, points: Sequence[Point], later: Sequence[Job] = ()) -> dict[str, Outcome]:
         """One process of a job. Returns what came of it, by name: a fault of a process is that of its next point."""
-        file, log = self.work / "jobs" / f"{as_file(job.name)}.json", log_of(self.work, job.name)
-        told = {"found": str(self.path), "points": [{"name": p.name, **p.facts, **p.settings} for p in points]}
-        file.write_text(json.dumps({**job.told, **told}, indent=1))
+        log = log_of(self.work, job.name)
         limit = min(job.seconds, self.left())
         print(f"{job.name}: {len(points)} to measure, at most {limit:.0f} s", flush=True)
         begin, before = time.monotonic(), len(self.lines())
-        words = [*job.command] if job.collect else [*job.command, str(file)]
-        code = in_time(words, log, limit, environment(self.work))
+        process = self.started.pop(job.name, None) or self.start(job, points)
+        self.turn(job).touch()
+        following = next((one for one in later if self.missing(one)), None)
+        if following and following.early and following.name not in self.started:
+            self.started[following.name] = self.start(following, self.missing(following))
+        code = ended(process, limit)
         if job.collect is not None and code == 0:
             try:
                 self.keep(points[0].name, row=job.collect())
@@ -141,6 +158,18 @@ class Series:
             self.keep(fault, failed=f"not done within {limit:.0f} s")
         print(f"{job.name}: {len(self.lines()) - before} done after {time.monotonic() - begin:.0f} s", flush=True)
         return {line["name"]: {k: v for k, v in line.items() if k != "name"} for line in self.lines()[before:]}
+
+    def start(self, job: Job, points: Sequence[Point]) -> subprocess.Popen[bytes]:
+        file, turn = self.work / "jobs" / f"{as_file(job.name)}.json", self.turn(job)
+        turn.unlink(missing_ok=True)
+        told = {"found": str(self.path), "points": [{"name": p.name, **p.facts, **p.settings} for p in points]}
+        file.write_text(json.dumps({**job.told, **told, "turn": str(turn)}, indent=1))
+        words = [*job.command] if job.collect else [*job.command, str(file)]
+        return started(words, log_of(self.work, job.name), environment(self.work))
+
+    def turn(self, job: Job) -> Path:
+        """The file that says that a job's process may go on."""
+        return self.work / "jobs" / f"{as_file(job.name)}.turn"
 
     def report(self, output: Path | None, kind: str, more: Callable[[list[Outcome]], Mapping[str, Any]]) -> Outcome:
         """Write `rows` and `failed` of all points of this series, and what `more` makes of the rows."""
@@ -167,6 +196,13 @@ def log_of(work: Path, job: str) -> Path:
     return work / "logs" / f"{as_file(job)}.log"
 
 
+def keep_profile(profile: Path, work: Path, name: str) -> None:
+    """Put the profile of a run, where it has one, into the folder of profiles under the name of its measurement."""
+    if profile.exists():
+        (work / "profiles").mkdir(exist_ok=True)
+        shutil.copy(profile, work / "profiles" / f"{as_file(name)}.txt")
+
+
 def keep(path: Path, name: str, **outcome: Any) -> None:
     """Append one measurement; also called by the processes that measure."""
     with path.open("a") as file:
@@ -185,20 +221,38 @@ def keep_measured(path: Path, names: Sequence[str], measure: Callable[[], Sequen
         keep(path, name, **outcome)
 
 
+def await_turn(job: Mapping[str, Any]) -> None:
+    """Return once the jobs before this one are through. Called by a process that was started early, before it uses the
+    card."""
+    while not Path(job["turn"]).exists():
+        time.sleep(0.05)
+
+
 def in_time(words: Sequence[str], log: Path, seconds: float, settings: Mapping[str, str]) -> int | None:
     """Run a command and return its exit code; None where it was ended after `seconds`."""
+    return ended(started(words, log, settings), seconds)
+
+
+def started(words: Sequence[str], log: Path, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
     with log.open("w") as file:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(settings), start_new_session=True
         )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class NotMade(Exception):

@@ -11,11 +11,13 @@ once, and all train on those ids. Ours is the command `os-sft` in its own proces
 that of its metrics.jsonl after WARM_UP steps; once with compiled layers, as it runs in trainings that are longer than
 these, and once without. Unsloth and TRL run as their documents show (peers/train_sft.py): a
 process for each case goes through a grid of settings, with the model loaded anew for each, and a setting counts its
-real tokens, padding left out, after WARM_UP steps too. In a case with a limit every process tells torch before it loads
-anything how much of the card it may have (limited.py). Peaks are those of torch's allocator.
+real tokens, padding left out, after WARM_UP steps too; it imports its libraries while the one before is measured. In a
+case with a limit every process tells torch before it loads anything how much of the card it may have (limited.py).
+Peaks are those of torch's allocator.
 
     --rehearse    a tiny model on a CPU, in seconds. Unsloth is listed as failed where it is not installed.
     --ablations   ours with single options changed, for the table of docs/performance.md
+    --profile     ours goes on for some steps in the profiler; FOLDER/profiles has where their time went
 """
 
 import argparse
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import profiled
 import series
 import tables
 from random_rows import SMALL, Rows, write_rows
@@ -106,10 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
     parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     series.end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), SMALL if arguments.rehearse else Rows())
+    data.profile = arguments.profile
     cases = (TINY,) if arguments.rehearse else CASES
     jobs = [
         job
@@ -140,6 +145,7 @@ class Data:
 
     def __init__(self, work: Path, tokenizer: Path, rows: Rows) -> None:
         self.work, self.tokenizer, self.rows = work, tokenizer, rows
+        self.profile = False  # whether runs of ours are profiled, too
 
     def model(self, case: Case) -> Path:
         return series.made_model(case.model, self.tokenizer, self.work)
@@ -182,10 +188,13 @@ def ours(case: Case, data: Data, setting: str) -> Job:
     packing = setting != NO_PACKING
     run = data.work / "runs" / series.as_file(name)
     limit = case.memory_limit_gib
+    profile, steps = data.profile and limit is None and not ablated, case.steps
     program = ["-m", "opensloth.cli.sft"] if limit is None else [str(HERE / "limited.py"), str(limit)]
+    if profile:
+        program, steps = [str(HERE / "profiled.py"), f"sft:{case.steps}"], case.steps + profiled.STEPS
     command = [sys.executable, *program, str(data.directory(packing))]
     command += ["--model", str(data.work / "models" / case.model), "--output", str(run), "--force"]
-    command += ["--max-steps", str(case.steps), "--tokens-per-step", str(case.tokens_per_step)]
+    command += ["--max-steps", str(steps), "--tokens-per-step", str(case.tokens_per_step)]
     command += ["--load-in-4bit"] if case.bits == 4 else []
     command += ["--compile", SETTINGS.get(setting, "off"), *ABLATIONS.get(setting, ())]
     known = facts(case, "opensloth", setting) | ({"ablation": True} if ablated else {})
@@ -195,17 +204,18 @@ def ours(case: Case, data: Data, setting: str) -> Job:
         command=command,
         seconds=case.seconds,
         before=partial(data.make, case, packing),
-        collect=partial(read_run, run, case, data, series.log_of(data.work, name)),
+        collect=partial(read_run, run, case, data, name),
     )
 
 
-def read_run(run: Path, case: Case, data: Data, log: Path) -> Outcome:
+def read_run(run: Path, case: Case, data: Data, name: str) -> Outcome:
     """What a finished run of ours says of itself."""
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in logged if line["step"] > WARM_UP and "tokens_per_second" in line]
+    steps = [line for line in logged if WARM_UP < line["step"] <= case.steps and "tokens_per_second" in line]
     record = json.loads((run / "job.json").read_text())
     optim, on_card = record["settings"]["optim"]["value"], record["world"]["devices"] != ["cpu"]
-    said = log.read_text(errors="replace")
+    said = series.log_of(data.work, name).read_text(errors="replace")
+    series.keep_profile(run / profiled.PROFILE, data.work, name)
     # steps have nearly equal tokens: their harmonic mean is tokens over seconds
     speed = statistics.harmonic_mean([line["tokens_per_second"] for line in steps])
     return {
@@ -254,6 +264,7 @@ def peer(case: Case, impl: str, settings: tuple[Setting, ...], data: Data) -> Jo
         name=f"{case.name}/{impl}",
         points=points,
         command=[sys.executable, str(HERE / "peers" / "train_sft.py")],
+        early=True,
         told=told,
         seconds=case.seconds,
         before=partial(data.make, case),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_sft import go_on_with, lacks_unsloth, load, load_with_unsloth, xformers
 
 import machine
-from series import Outcome, keep_measured
+from series import Outcome, await_turn, keep_measured
 
 WARM_UP = 3  # steps that do not count: Unsloth still compiles in its third
 ENOUGH_SECONDS = 15  # of measured steps; no more are done then
@@ -30,6 +30,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if lacks_unsloth(job):
         return
+    _ = importlib.import_module("trl").GRPOTrainer  # it loads what it names when it is asked for
+    await_turn(job)
     steps = [point for point in job["points"] if point["what"] == "step"]
     rollouts = [point for point in job["points"] if point["what"] == "rollout"]
     tried: set[str] = set()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import machine
 import models
 from limited import limit
-from series import keep, keep_measured
+from series import await_turn, keep, keep_measured
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 16, 32
@@ -34,6 +34,8 @@ def main() -> None:
     first = job["points"][0]
     if lacks_unsloth(job):
         return
+    _ = importlib.import_module("trl").SFTTrainer  # it loads what it names when it is asked for
+    await_turn(job)
     if first["memory_limit_gib"]:
         limit(first["memory_limit_gib"])
     for place, point in enumerate(job["points"]):
