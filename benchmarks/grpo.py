@@ -66,8 +66,6 @@ FULL = Plan(
     ours=(
         (STEP, "graph"),
         (LARGE, "graph"),
-        (STEP, "graph, compiled"),
-        (LARGE, "graph, compiled"),
         (STEP, "generate"),
     ),
     rollouts=((LARGE, "graph"), (MANY, "graph"), (STEP, "graph"), (LARGE, "generate")),
@@ -170,9 +168,7 @@ def ours(data: Data, size: Size, setting: str) -> Job:
     if data.profile:
         program, steps = [str(HERE / "profiled.py"), f"grpo:{size.steps}"], size.steps + profiled.STEPS
     command = [sys.executable, *program, str(data.directory), "--model", str(data.model)]
-    rollout, _, compiled = setting.partition(", ")
-    command += ["--output", str(run), "--force", "--rollout", rollout, "--rewards", f"{REWARD}:spread"]
-    command += ["--compile", "on" if compiled else "off"]
+    command += ["--output", str(run), "--force", "--rollout", setting, "--rewards", f"{REWARD}:spread"]
     command += ["--prompts-per-step", str(size.completions // size.group), "--group-size", str(size.group)]
     command += ["--max-new", str(size.new), "--max-steps", str(steps), "--print-samples-every", "0"]
     return Job(

@@ -13,8 +13,7 @@ import triton.language as tl
 
 LEAST = 16  # of each side of a matmul on a tensor core
 MOST_RANK = 64  # with more, the small matmuls are no longer small
-ROWS, COLUMNS, WARPS = 64, 64, 4  # of a program, forward
-BACK_ROWS, BACK_COLUMNS, BACK_WARPS = 32, 64, 4
+ROWS, COLUMNS, WARPS = 32, 64, 4  # of a program; of seven that were tried on an H200, for 3,072 and 9,728 columns
 ALONE = 1024  # columns of a program that has one row and no adapters: decoding steps have few rows
 
 
@@ -62,12 +61,12 @@ def gated_back(
     rows, width = gate.shape
     outs = [torch.empty_like(gate) for _ in range(3)]
     low, down = back or (gate, gate)  # what stands for what is not there is not read
-    _gate_back[(triton.cdiv(rows, BACK_ROWS), triton.cdiv(width, BACK_COLUMNS))](
+    _gate_back[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
         gate, up, slopes, *given(shares, gate), low, down, *outs, rows, width,
         gate.stride(0), up.stride(0), slopes.stride(0), *sizes(shares), low.stride(0),
         DOWN_RANK=down.shape[0] if back else 0,
         DOWN_BLOCK=max(triton.next_power_of_2(down.shape[0]), LEAST) if back else LEAST,
-        SILU=kind == "silu", ROWS=BACK_ROWS, COLUMNS=BACK_COLUMNS, num_warps=BACK_WARPS,
+        SILU=kind == "silu", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 
