@@ -1,13 +1,15 @@
-"""`os-sft` on a card that seems smaller: `python benchmarks/limited.py GIB DIR [options of os-sft]`.
+"""`os-sft` on a card that seems smaller: `python benchmarks/limited.py GIB[:FROM] DIR [options of os-sft]`.
 
 The command itself, with one difference: its worker first tells torch how much of the card it may have
 (`torch.cuda.set_per_process_memory_fraction`), as the other processes of the benchmark do. On a CPU it changes nothing.
+With FROM the steps after that one are profiled (profiled.py).
 """
 
 import os
 import sys
 
 import own_worker
+import profiled
 
 GIB = "BENCHMARK_MEMORY_GIB"  # in the environment of the worker
 
@@ -24,7 +26,9 @@ def limit(gib: float) -> None:
 def command() -> None:
     from opensloth.cli import sft
 
-    os.environ[GIB] = sys.argv.pop(1)
+    os.environ[GIB], _, first = sys.argv.pop(1).partition(":")
+    if first:
+        os.environ[profiled.ASKED] = first
     own_worker.use("limited")
     sft.main()
 
@@ -36,6 +40,8 @@ def work() -> None:
         limit(float(os.environ[GIB]))
     from opensloth.training import worker
 
+    if profiled.ASKED in os.environ:
+        profiled.watch()
     worker.main()
 
 

@@ -32,12 +32,17 @@ def work() -> None:
     from opensloth.launch.device import claim_device
 
     claim_device()  # before torch is imported, as in the worker
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
     from opensloth.training import worker
 
-    register_optimizer_step_post_hook(Window(Path(sys.argv[1]) / PROFILE, int(os.environ[ASKED])).step)
+    watch()
     worker.main()
+
+
+def watch() -> None:
+    """Profile the run of this worker."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(Window(Path(sys.argv[1]) / PROFILE, int(os.environ[ASKED])).step)
 
 
 class Window:

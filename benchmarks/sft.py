@@ -188,10 +188,14 @@ def ours(case: Case, data: Data, setting: str) -> Job:
     packing = setting != NO_PACKING
     run = data.work / "runs" / series.as_file(name)
     limit = case.memory_limit_gib
-    profile, steps = data.profile and limit is None and not ablated, case.steps
-    program = ["-m", "opensloth.cli.sft"] if limit is None else [str(HERE / "limited.py"), str(limit)]
-    if profile:
-        program, steps = [str(HERE / "profiled.py"), f"sft:{case.steps}"], case.steps + profiled.STEPS
+    profile = data.profile and not ablated
+    steps = case.steps + (profiled.STEPS if profile else 0)
+    behind = f":{case.steps}" if profile else ""
+    program = ["-m", "opensloth.cli.sft"]
+    if limit is not None:
+        program = [str(HERE / "limited.py"), f"{limit}{behind}"]
+    elif profile:
+        program = [str(HERE / "profiled.py"), f"sft{behind}"]
     command = [sys.executable, *program, str(data.directory(packing))]
     command += ["--model", str(data.work / "models" / case.model), "--output", str(run), "--force"]
     command += ["--max-steps", str(steps), "--tokens-per-step", str(case.tokens_per_step)]

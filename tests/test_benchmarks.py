@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -112,6 +113,37 @@ def test_after_a_fault_the_rest_is_measured(tmp_path):
     report = run.report(tmp_path / "report.json", "none", lambda rows: {"rows": rows})
     assert report["rows"] == [{"impl": "a", "seconds": 1}, {"impl": "c", "seconds": 1}]
     assert [one["impl"] for one in report["failed"]] == ["b"]
+
+
+def test_a_process_that_starts_early_waits_for_its_turn(tmp_path):
+    """It is there while the one before is measured, and measures nothing before that is through."""
+    first = "import os\nwhile not (found.parent / 'there').exists():\n    time.sleep(0.01)\n" + KEEP_FIRST
+    second = "from series import await_turn\n(found.parent / 'there').touch()\nawait_turn(told)\n" + KEEP_FIRST
+    run = series.Series(tmp_path, minutes=1)
+    run.run([job("one", first, "a", seconds=30), job("two", second, "b", early=True), job("three", KEEP_FIRST, "c")])
+    assert [(line["name"], "row" in line) for line in run.lines()] == [
+        ("one/a", True),
+        ("two/b", True),
+        ("three/c", True),
+    ]
+
+
+def test_a_process_that_started_early_ends_with_the_series(tmp_path):
+    script = "import os\n(found.parent / 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
+    first = (
+        "while not (found.parent / 'pid').exists():\n    time.sleep(0.01)\nos.kill(os.getppid(), 15)\ntime.sleep(60)"
+    )
+    run = series.Series(tmp_path, minutes=1)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        series.end_on_signal()
+        with pytest.raises(SystemExit):
+            run.run([job("one", "import os\n" + first, "a"), job("two", script, "b", early=True)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_job_that_measures_nothing_is_given_up(tmp_path):

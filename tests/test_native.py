@@ -192,6 +192,8 @@ def test_long_runs_on_a_card_are_compiled_by_themselves():
         ({}, torch.device("cpu"), True, tokens, "off"),
         ({"compile": "off"}, card, True, tokens, "off"),
         ({"compile": "on"}, torch.device("cpu"), True, 1, "on"),
+        ({"compile": "on", "load_in_4bit": True}, card, True, tokens, "off"),
+        ({"load_in_8bit": True}, card, True, tokens, "off"),
     ):
         chosen = choose.compilation(SftJob(data=Path("data"), **options), device, packs, length)
         assert (chosen.value, bool(chosen.why)) == (expected, True)

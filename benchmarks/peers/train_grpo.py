@@ -9,8 +9,10 @@ batches that train; the rollouts are timed in the steps of the first.
 import importlib
 import importlib.util
 import json
+import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,10 @@ def main() -> None:
 
 
 def measure(job: dict[str, Any], point: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds and tokens of whole steps after the warm-up, and of the generation in them."""
+    """Seconds and tokens of a step after the warm-up, and of the generation in it: of the one in the middle, by time.
+
+    A library that compiles once more in one of them does not lose by it.
+    """
     import torch
 
     unsloth, on_card = point["impl"] == "unsloth", torch.cuda.is_available()
@@ -63,14 +68,14 @@ def measure(job: dict[str, Any], point: dict[str, Any]) -> tuple[dict[str, Any],
         torch.cuda.reset_peak_memory_stats()
     trainer, clock = make_trainer(job, point, model, tokenizer)
     trainer.train()
-    begin, *ends = clock.ends[WARM_UP - 1 :]
-    count = len(ends)
-    seconds = (ends[-1] - begin) / count
-    tokens = sum(clock.tokens[WARM_UP : WARM_UP + count]) / count
-    generation = sum(clock.generation[WARM_UP : WARM_UP + count]) / count
+    each = [end - begin for begin, end in pairwise(clock.ends[WARM_UP - 1 :])]
+    seconds = statistics.median_low(each)
+    place = WARM_UP + each.index(seconds)
+    tokens, generation = clock.tokens[place], clock.generation[place]
     common = {
         "peak_gib": machine.peak_gib(),
-        "steps": count,
+        "steps": len(each),
+        "seconds_of_each": [round(one, 3) for one in each],
         "micro_batch": point["micro"],
         **({"xformers": xformers()} if unsloth else {}),
     }

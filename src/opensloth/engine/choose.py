@@ -59,10 +59,12 @@ def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens
 
     Args:
         packs: whether rows lie one behind the other under our own attention.
-        tokens: of the whole run, over all processes.
+        tokens: of the whole run, over all processes; 0 where they are not known.
     """
     if not packs:
         return Choice("off", "layers are compiled for packs")
+    if options.load_in_4bit or options.load_in_8bit:
+        return Choice("off", "layers of a quantized base are not compiled")
     if options.compile != "auto":
         return Choice(options.compile, "as asked")
     if device.type != "cuda":

@@ -26,6 +26,7 @@ class Shape:
     hidden: int
     intermediate: int
     vocabulary: int
+    queries_width: int
     heads_width: int  # query, key and value widths, summed
 
     @classmethod
@@ -38,7 +39,9 @@ class Shape:
         intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
         layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * intermediate
         embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
-        return cls(layers * layer + embeddings, layers, hidden, intermediate, text.vocab_size, queries + 2 * keys)
+        return cls(
+            layers * layer + embeddings, layers, hidden, intermediate, text.vocab_size, queries, queries + 2 * keys
+        )
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -104,9 +107,11 @@ def estimate(
     state = 4 * 4  # fp32 weight, gradient and two moments
     trained = shape.parameters if options.full_finetuning else adapter_parameters
     weights = 0 if options.full_finetuning else math.ceil(shape.parameters * base_bytes)
-    # saved for backward in each layer: the inputs of the linears, norms, attention
+    # kept of each layer: what two norms and the layers behind them read; heads before and after they are normalized and
+    # turned, and attention's values; the MLP's parts. Peaks on an H200 were within 2 % of it (docs/performance.md)
+    of_attention = 2 * shape.heads_width + shape.queries_width
     of_mlp = (2 if means.gated else 4) * shape.intermediate
-    saved = compute_bytes * (8 * shape.hidden + 2 * shape.heads_width + of_mlp)
+    saved = compute_bytes * (4 * shape.hidden + of_attention + of_mlp)
     if options.lora_dropout or options.load_in_8bit or options.engine == "unsloth":
         saved += 4 * (3 * shape.hidden + shape.intermediate)
     working = 4 * compute_bytes * shape.intermediate  # of the layer that the backward pass is in

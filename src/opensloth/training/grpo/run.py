@@ -19,7 +19,7 @@ from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
-from opensloth.engine import Engine, load, memory, native, policy
+from opensloth.engine import Engine, choose, load, memory, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
@@ -70,7 +70,7 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     if engine.packs_natively and job.batch_size is None:
         attempt = largest_pack(engine, scores(engine), longest - job.max_new, job.max_new, place.device)
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt, room.kept if room else 0)
-    if engine.packs_natively and job.compile == "on":
+    if choose.compilation(job, place.device, engine.packs_natively, tokens=0).value == "on":
         engine.compile(dynamic=True)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)

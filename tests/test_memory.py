@@ -1,0 +1,58 @@
+"""The rule of memory, held to peaks that were measured and to what the engine does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from opensloth.config.jobs import SftJob
+from opensloth.data.models.resolve import resolve_model
+from opensloth.engine import joint, memory, native
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+MEASURED = [row for row in json.loads((RESULTS / "sft-h200.json").read_text())["rows"] if row["impl"] == "opensloth"]
+QWEN3 = {"qwen3-0.6b": (1024, 28, 16, 8, 3072), "qwen3-4b": (2560, 36, 32, 8, 9728)}
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['case']} {row['setting']}")
+def test_the_rule_of_memory_foresees_what_was_measured(row):
+    """Peaks on a card: never more than the rule says, and hardly less."""
+    hidden, layers, heads, keys, intermediate = QWEN3[row["model"]]
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=128,
+        intermediate_size=intermediate,
+        tie_word_embeddings=True,
+    )
+    pack, mode = re.search(r"up to ([\d,]+) tokens .* checkpointing: (\w+)", row["plan"]).groups()
+    options = SftJob(data=Path("data"), gradient_checkpointing=mode, load_in_4bit=row["bits"] == 4)
+    need = memory.estimate(config, options, 2, memory.Means(chunked=True, in_place=True, gated=True))
+    expected = need.total(int(pack.replace(",", ""))) / memory.GIB
+    assert row["peak_gib"] <= expected <= 1.1 * row["peak_gib"]
+
+
+def test_a_gated_mlp_needs_half_of_its_memory():
+    config = tiny_model(tiny_tokenizer()).config
+    options = SftJob(data=Path("data"), gradient_checkpointing="none")
+    one, half = (memory.estimate(config, options, means=memory.Means(gated=gated)).per_token for gated in (False, True))
+    assert one - half == config.num_hidden_layers * 2 * 2 * config.intermediate_size
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [({}, True), ({"lora_dropout": 0.1}, False), ({"lora_targets": ("q_proj", "up_proj")}, False)],
+)
+def test_what_will_be_gated_is_what_is(changed, expected, tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    job = SftJob(data=Path("data"), dtype="float32", **changed)
+    engine = native.load(job, resolve_model(str(path)), seed=1, device=torch.device("cpu"), packing=True)
+    assert engine.means.gated is expected
+    assert joint.will_be_gated(tiny_model(tiny_tokenizer()), job) is expected
