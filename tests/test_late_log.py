@@ -170,3 +170,18 @@ def test_a_loss_that_is_no_number_is_named_with_its_step_and_never_saved(here, c
     assert "at step 2, rows " in out[out.index("error:") :]
     assert late == [(1, 2), (2, 3)]
     assert not list((here / "diverged" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_step_is_told_at_once_where_a_log_asks_for_a_checkpoint(here, call, late, monkeypatch):  # noqa: F811
+    """A callback that is told of step 3, once step 4 has been made, wants that one saved."""
+    on_log = Metrics.on_log
+
+    def save_after_3(self, args, state, control, *rest, **more):
+        on_log(self, args, state, control, *rest, **more)
+        control.should_save |= state.global_step == 3
+
+    monkeypatch.setattr(Metrics, "on_log", save_after_3)
+    assert call(*JOB, "--max-steps", 6, "--output", "asked")[0] == 0
+    assert late == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
+    assert [line["step"] for line in logged(here / "asked") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert (here / "asked" / "checkpoints" / "checkpoint-4").is_dir()

@@ -7,17 +7,22 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from opensloth import log
+from opensloth import log, paths
 from opensloth.cli.dry_run_data import Figures, judge, size
 from opensloth.cli.model_facts import config_of, local_model, without_weights
 from opensloth.cli.options import Request
 from opensloth.config.base import Resolved, Settings
 from opensloth.config.jobs import DataJob, SftJob, TrainSftJob
 from opensloth.config.run import SEVEN_LINEARS, SftOptions, TrainOptions
+from opensloth.errors import UserError
 from opensloth.launch.world import speaks
 
 if TYPE_CHECKING:
+    import torch
+
+    from opensloth.data.models.resolve import ModelRef
     from opensloth.data.prepared.directory import Prepared
+    from opensloth.engine.memory import Means
     from opensloth.launch.world import World
 
 
@@ -97,7 +102,7 @@ def memory_figures(
         return {"memory": f"not estimated: {model}"}
     import torch
 
-    from opensloth.engine import choose, head, joint, memory
+    from opensloth.engine import choose, memory
 
     device = torch.device(world.devices[0])
     dtype = getattr(torch, choose.dtype(job, device).value)
@@ -107,8 +112,7 @@ def memory_figures(
         from opensloth.engine import lora
 
         lora.targets(without_weights(config, trusted), job.lora_targets)
-    gated = joint.will_be_gated(without_weights(config, trusted), job)
-    means = memory.Means(in_place=head.in_place(dtype, device), gated=gated)
+    means = means_of(job, model, config, dtype, device)
     need = memory.estimate(config, job, dtype.itemsize, means)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":
@@ -117,6 +121,26 @@ def memory_figures(
     weights = need.adapter // 4  # fp32 weights, gradients and two moments are equal parts of it
     disk = weights * (3 * job.save_total_limit + 2)
     return {"memory": text, "disk of the run": f"{size(disk)} with {job.save_total_limit} checkpoints, at most"}
+
+
+def means_of(
+    job: TrainOptions, model: "ModelRef", config: Any, dtype: "torch.dtype", device: "torch.device"
+) -> "Means":
+    """What the engine will do in order to need less memory, as far as the model's config tells."""
+    from opensloth.engine import head, joint, memory
+
+    if job.engine == "unsloth":
+        return memory.ALL_LOGITS
+    if model.adapter is not None:  # which has targets and a dropout of its own
+        kept = paths.read_json(model.adapter / "adapter_config.json", "an adapter")
+        targets = kept["target_modules"]
+        named = tuple(targets) if isinstance(targets, list) else job.lora_targets
+        job = job.model_copy(update={"lora_targets": named, "lora_dropout": kept.get("lora_dropout", 0.0)})
+    try:
+        gated = joint.will_be_gated(without_weights(config, bool(getattr(job, "trust_remote_code", False))), job)
+    except UserError:  # no language model by itself: the run will say more
+        gated = False
+    return memory.Means(in_place=head.in_place(dtype, device), gated=gated)
 
 
 def show(resolved: Resolved[Any], figures: Figures, as_json: bool) -> None:

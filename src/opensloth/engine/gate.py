@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 LEAST = 16  # of each side of a matmul on a tensor core
-MOST_RANK = 64  # with more, the small matmuls are no longer small
 ROWS, COLUMNS, WARPS = 32, 64, 4  # of a program; of seven that were tried on an H200, for 3,072 and 9,728 columns
 ALONE = 1024  # columns of a program that has one row and no adapters: decoding steps have few rows
 

@@ -1,7 +1,8 @@
 """Adapted layers that are computed together: attention's projections, and all of a gated MLP.
 
 A module gets another class, its own behind ours among the bases, so that what it is asked for beyond plain training
-goes on as before. The model is asked first: what does not compute the same stays as it is.
+goes on as before. An MLP is tried first: one that does not compute the same stays as it is. Attention needs no trial:
+what its projections were given is theirs for the very tensor that it was made of, and for no other.
 """
 
 import functools
@@ -16,6 +17,7 @@ from opensloth.engine.mlp import LAYERS, Gated, act
 
 KINDS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
 TOLERANCE = 0.02  # of the largest value: roundings of 16 bits stand in other places
+SPREAD = 30.0  # what g and u reach in the second half of a trial: some models cap them at 7 or 10
 
 
 def join(model: nn.Module) -> None:
@@ -36,8 +38,8 @@ def gate_of(module: nn.Module) -> str | None:
 
 
 def will_be_gated(model: nn.Module, options: TrainOptions) -> bool:
-    """As `gated` of a model that has no adapter yet, by what it is made of."""
-    plain = not (options.full_finetuning or options.load_in_8bit or options.lora_dropout or options.engine == "unsloth")
+    """As `gated`, of a model that is not loaded yet and gets a new adapter: by the names of its parts, untried."""
+    plain = not (options.full_finetuning or options.load_in_8bit or options.lora_dropout)
     return plain and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, model.modules()))
 
 
@@ -61,11 +63,25 @@ def joint_kind(kind: type[nn.Module], ours: type[Any], act: str = "silu") -> typ
 
 
 def gates(mlp: Any, kind: str) -> bool:
-    """Whether an MLP is D(act(G x) U x), and nothing else."""
+    """Whether an MLP is D(act(G x) U x) and nothing else, as far as a trial with small and with large values shows.
+
+    Its own flag says that it trains meanwhile, for a dropout that is no module; those of its layers do not.
+    """
     base = mlp.gate_proj.get_base_layer()
     dtype = base.weight.dtype if state_of(base) is None else base.compute_dtype
+    x = torch.linspace(-2, 2, 2 * base.in_features, device=base.weight.device, dtype=dtype).view(2, -1)
     # with a gradient, since quantized layers change their weights at a forward without, where there is no card
-    x = torch.linspace(-2, 2, 2 * base.in_features, device=base.weight.device, dtype=dtype).view(2, -1).requires_grad_()
+    small = min(part(x.requires_grad_()).abs().max().item() for part in (mlp.gate_proj, mlp.up_proj))
+    trained, mlp.training = mlp.training, True
+    try:
+        return all(computes(mlp, kind, factor * x) for factor in (1.0, SPREAD / max(small, 1e-6)))
+    except (TypeError, AttributeError):  # it wants or gives something else
+        return False
+    finally:
+        mlp.training = trained
+
+
+def computes(mlp: Any, kind: str, x: torch.Tensor) -> bool:
     theirs = mlp(x).float()
     ours = mlp.down_proj(act(mlp.gate_proj(x), kind) * mlp.up_proj(x)).float()
     return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())

@@ -7,12 +7,15 @@ values) go through it together: it is read once for all of their A, and their gr
 layer is PEFT's in every other respect: what it saves, merges and disables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
+
+from opensloth.engine.matmul import dense, in_float32, products
 
 TOGETHER = ("q_proj", "k_proj", "v_proj")  # layers of a module that read its input
 
@@ -21,6 +24,10 @@ class OneMatmul:
     """Before a layer of PEFT's among the bases: another forward where that is the same. All else is left to PEFT."""
 
     given: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and what was computed of it with its neighbours
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Callable[[], Any]
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, self.given = self.given, None
@@ -28,6 +35,8 @@ class OneMatmul:
             return given[1]
         if args or kwargs or not serves(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if state_of(self.get_base_layer()) is not None and not torch.is_grad_enabled():
+            return added(self, x)
         return together(x, [self])[0]
 
 
@@ -38,22 +47,40 @@ class LoraLinear(OneMatmul, Linear):  # type: ignore[misc]
 class Together:
     """Before an attention module's own class among the bases: its projections read their input together."""
 
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
         layers = [getattr(self, name) for name in TOGETHER]
-        if torch.is_grad_enabled() and all(serves(layer, hidden_states) for layer in layers):
-            for layer, found in zip(layers, together(hidden_states, layers), strict=True):
-                layer.given = hidden_states, found
-        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if x is None or not jointly(layers, x):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        for layer, found in zip(layers, together(x, layers), strict=True):
+            layer.given = x, found
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:  # where memory ran out in between, they would hold on to all activations of the layers before
+            for layer in layers:
+                layer.given = None
+
+
+def jointly(layers: Sequence[Any], x: torch.Tensor) -> bool:
+    """Whether layers are computed together for x: with or without a gradient, so that both round alike, but for a base
+    in 4 bits, which has a kernel of its own for the few rows of a decoding step."""
+    if any("forward" in vars(layer) for layer in layers):  # merged for a rollout
+        return False
+    if not all(serves(layer, x) for layer in layers):
+        return False
+    return torch.is_grad_enabled() or all(state_of(layer.get_base_layer()) is None for layer in layers)
 
 
 def serves(layer: Any, x: torch.Tensor) -> bool:
-    """Whether a layer is, for x and as it is now, a frozen base that computes in the type of x, and one adapter."""
+    """Whether a layer is, for x and as it is now, a frozen base that computes in x's type, and one plain adapter."""
+    if not isinstance(layer, OneMatmul):
+        return False
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
     if layer.disable_adapters or layer.merged or not is_plain(layer, name):
         return False
     base = layer.get_base_layer()
     state = state_of(base)
-    if state is not None and (torch.compiler.is_compiling() or getattr(state, "packing_format_for_cpu", False)):
+    if getattr(state, "packing_format_for_cpu", False):
         return False
     kind = base.weight.dtype if state is None else base.compute_dtype
     return bool(kind == type_of(x) and not base.weight.requires_grad)
@@ -99,6 +126,16 @@ def together(x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]
     scalings, states, tensors = Parts.of(layers)
     found: tuple[torch.Tensor, ...] = Adapted.apply(x.to(type_of(x)), scalings, states, *tensors)  # type: ignore[no-untyped-call]
     return found
+
+
+def added(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a layer on a quantized base makes of x without a gradient: its own kernel reads the few rows of a decoding
+    step best, and the adapter's share is added to that."""
+    scalings, states, tensors = Parts.of([layer])
+    (ours,) = layers_of(tensors, scalings, states, type_of(x))
+    rows = x.reshape(-1, x.shape[-1]).to(ours.down.dtype)
+    found: torch.Tensor = layer.get_base_layer()(x)
+    return torch.addmm(found.reshape(-1, found.shape[-1]), rows @ ours.down.T, ours.up.T).view(found.shape)
 
 
 def type_of(x: torch.Tensor) -> torch.dtype:
@@ -193,7 +230,7 @@ class Adapted(torch.autograd.Function):
         to_low = joined([out @ layer.up for out, layer in zip(outs, layers, strict=True)])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = products([*outs, to_low], [*(layer.matrix for layer in layers), down_of(layers)])
+            to_x = products([*outs, to_low], chain((layer.matrix for layer in layers), [down_of(layers)]))
             to_x = to_x.view(*upstream[0].shape[:-1], -1)
         to_downs = divided(in_float32(to_low.T, rows), layers, 0)
         return to_x, None, None, *of_layers(to_downs, outs, divided(low, layers), ctx.scalings)
@@ -211,54 +248,6 @@ def of_layers(
         to_up = in_float32(out.T, low)
         found += [None, None, to_down, to_up if scaling == 1 else to_up * scaling]
     return found
-
-
-def dense(weight: Any, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A layer's frozen weights (out, in) as numbers: of a base in 4 bits made anew whenever they are wanted."""
-    if state is None:
-        found: torch.Tensor = weight
-        return found
-    from bitsandbytes.functional import dequantize_4bit
-
-    found = dequantize_4bit(weight.data, state).to(dtype)
-    return found
-
-
-def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left right, rounded once. On a card the matmul writes fp32 itself; elsewhere torch has none that does."""
-    if left.is_cuda and left.dtype != torch.float32 and not torch.compiler.is_compiling():
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
-
-
-def products(
-    lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The sum of left right and the bias: what one matmul made, the next adds to as it writes.
-
-    The compiler makes everything functional, and would copy all activations before each sum: for it this is one
-    operator that it does not look into.
-    """
-    add = products_as_one if torch.compiler.is_compiling() else products_in_place
-    found: torch.Tensor = add(list(lefts), list(rights), bias)
-    return found
-
-
-def products_in_place(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-    left, right = lefts[0], rights[0]
-    out = left @ right if bias is None else torch.addmm(bias, left, right)
-    for left, right in zip(lefts[1:], rights[1:], strict=True):
-        out.addmm_(left, right)
-    return out
-
-
-products_as_one = torch.library.custom_op(
-    "opensloth::products",
-    products_in_place,
-    mutates_args=(),
-    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias) -> Tensor",
-)
-products_as_one.register_fake(lambda lefts, rights, _: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
 
 
 def layers_for(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:

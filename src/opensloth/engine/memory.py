@@ -15,6 +15,7 @@ MARGIN = 1.01  # parts of a step are nearly, not exactly, equal
 ENOUGH_TOKENS = 4_096  # a pack of this size keeps a card busy; rather recompute than go below
 CPU_TOKENS = 1_024  # larger packs are not faster on a CPU: measured with 135M parameters on two cores
 GIB = 2**30
+TWO_NORMS = ("llama", "mistral", "qwen2", "qwen3")  # in a layer; others may have one behind each part, too
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,11 @@ def estimate(
     trained = shape.parameters if options.full_finetuning else adapter_parameters
     weights = 0 if options.full_finetuning else math.ceil(shape.parameters * base_bytes)
     # kept of each layer: what two norms and the layers behind them read; heads before and after they are normalized and
-    # turned, and attention's values; the MLP's parts. Peaks on an H200 were within 2 % of it (docs/performance.md)
+    # turned, and attention's values; the MLP's parts. Held to measured peaks by tests/test_memory.py
+    residuals = 4 if config.get_text_config().model_type in TWO_NORMS else 6
     of_attention = 2 * shape.heads_width + shape.queries_width
     of_mlp = (2 if means.gated else 4) * shape.intermediate
-    saved = compute_bytes * (4 * shape.hidden + of_attention + of_mlp)
+    saved = compute_bytes * (residuals * shape.hidden + of_attention + of_mlp)
     if options.lora_dropout or options.load_in_8bit or options.engine == "unsloth":
         saved += 4 * (3 * shape.hidden + shape.intermediate)
     working = 4 * compute_bytes * shape.intermediate  # of the layer that the backward pass is in

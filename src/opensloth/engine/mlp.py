@@ -7,6 +7,7 @@ gradient of h is made in passing (engine/gate.py), where matmuls would read and 
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ import torch.nn.functional as F
 
 from opensloth.engine.lora_layer import (
     Layer,
+    OneMatmul,
     Parts,
     again,
     divided,
     down_of,
-    in_float32,
     joined,
+    jointly,
     kept,
     layers_of,
     of_layers,
-    products,
-    serves,
     type_of,
 )
+from opensloth.engine.matmul import in_float32, products
 
 TRITON = importlib.util.find_spec("triton") is not None
 LAYERS = ("gate_proj", "up_proj", "down_proj")
@@ -34,18 +35,28 @@ MOST_RANK = 64  # of adapters whose share the kernel makes; with more it is no l
 
 
 class Gated:
-    """Before an MLP's own class among the bases, which does all that is not training with plain adapters."""
+    """Before an MLP's own class among the bases, which does all that is not plain: merged adapters, dropout. Passes
+    without the adapter round as those with it, so that a policy and its reference are equal where they are the same."""
 
     kind = "silu"
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         layers = [getattr(self, name) for name in LAYERS]
-        if not torch.is_grad_enabled() or not all(serves(layer, x) for layer in layers):
-            found: torch.Tensor = super().forward(x)  # type: ignore[misc]
-            return found
-        scalings, states, tensors = Parts.of(layers)
-        found = GatedMlp.apply(x.to(type_of(x)), self.kind, scalings, states, *tensors)  # type: ignore[no-untyped-call]
+        alone = len(args) == 1 and not kwargs
+        if alone and jointly(layers, args[0]):
+            scalings, states, tensors = Parts.of(layers)
+            x = args[0].to(type_of(args[0]))
+            found: torch.Tensor = GatedMlp.apply(x, self.kind, scalings, states, *tensors)  # type: ignore[no-untyped-call]
+        elif alone and not torch.is_grad_enabled() and all(is_bare(layer) for layer in layers):
+            found = self.down_proj(opened(self.gate_proj(*args), self.up_proj(*args), [], self.kind))
+        else:
+            found = super().forward(*args, **kwargs)  # type: ignore[misc]
         return found
+
+
+def is_bare(layer: Any) -> bool:
+    """Whether a layer is its base alone at the moment: the reference of a policy that began without an adapter."""
+    return isinstance(layer, OneMatmul) and layer.disable_adapters and not layer.merged and "forward" not in vars(layer)
 
 
 class GatedMlp(torch.autograd.Function):
@@ -64,7 +75,7 @@ class GatedMlp(torch.autograd.Function):
         layers = layers_of(tensors, scalings, states, rows.dtype)
         pair, last = layers[:2], layers[2]
         low = rows @ down_of(pair).T
-        shares = shares_of(low, pair)
+        shares = shares_of(low, pair, last)
         if shares:
             g, u = (F.linear(rows, layer.matrix, layer.bias) for layer in pair)
         else:
@@ -84,7 +95,7 @@ class GatedMlp(torch.autograd.Function):
         pair, last = layers[:2], layers[2]
         out = upstream[0].reshape(-1, upstream[0].shape[-1])
         last_slopes = out @ last.up
-        shares = shares_of(low, pair)
+        shares = shares_of(low, pair, last)
         if shares:
             to_g, to_u, h = back_through(g, u, out @ last.matrix, [*shares, last_slopes, last.down], ctx.kind)
         else:
@@ -93,17 +104,17 @@ class GatedMlp(torch.autograd.Function):
         slopes = joined([to_g @ pair[0].up, to_u @ pair[1].up])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = products([to_g, to_u, slopes], [*(layer.matrix for layer in pair), down_of(pair)])
+            to_x = products([to_g, to_u, slopes], chain((layer.matrix for layer in pair), [down_of(pair)]))
             to_x = to_x.view(upstream[0].shape)
         to_downs = (*divided(in_float32(slopes.T, rows), pair, 0), in_float32(last_slopes.T, h))
         lows = (*divided(low, pair), last_low)
         return to_x, None, None, None, *of_layers(to_downs, (to_g, to_u, out), lows, ctx.scalings)
 
 
-def shares_of(low: torch.Tensor, pair: Sequence[Layer]) -> list[torch.Tensor]:
-    """What the kernel is given to make the adapters' share of g and u itself; nothing where matmuls make it."""
-    ranks = {layer.up.shape[1] for layer in pair}
-    if not (low.is_cuda and TRITON) or len(ranks) > 1 or max(ranks) > MOST_RANK:
+def shares_of(low: torch.Tensor, pair: Sequence[Layer], last: Layer) -> list[torch.Tensor]:
+    """What the kernels are given to make the adapters' share themselves; nothing where matmuls make it."""
+    ranks = {len(layer.down) for layer in pair}
+    if not (low.is_cuda and TRITON) or len(ranks) > 1 or max(*ranks, len(last.down)) > MOST_RANK:
         return []
     return [low, *(layer.up for layer in pair)]
 

@@ -59,21 +59,29 @@ class LogsLate:
             self.hold_or_tell(tr_loss, grad_norm, named.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # type: ignore[misc]
 
+    @property
+    def ends(self) -> bool:
+        """Whether this step ends in an evaluation, a checkpoint or the end of the run."""
+        control = self.control
+        return bool(control.should_evaluate or control.should_save or control.should_training_stop)
+
     def hold_or_tell(
         self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float | None
     ) -> None:
         """Hold what this step has to tell, or leave it to transformers' trainer; tell what was held before."""
-        control = self.control
-        due = control.should_log and self.state.global_step > self._globalstep_last_logged
-        ends = control.should_evaluate or control.should_save or control.should_training_stop
+        due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
         if due:
             self.costs.close()  # first of all: what the host does next is no part of this step
         before, self.held = self.held, None
-        if due and not ends:
+        if due and not self.ends:
             self.held = self.hold(tr_loss, grad_norm, learning_rate)
         if before is not None:
             self.tell(before)
-        self.control.should_log = due and ends  # to tell takes it back
+        left = due and self.held is None
+        if self.held is not None and self.ends:  # somebody who was told has asked for it
+            last, self.held = self.held, None
+            self.tell(last)
+        self.control.should_log = left  # to tell takes it back
 
     def hold(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float | None) -> Held:
         """As transformers' trainer begins its log: the loss counts anew from here."""
