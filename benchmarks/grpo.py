@@ -29,6 +29,7 @@ import models
 import profiled
 import series
 import tables
+from processes import end_on_signal
 from series import HERE, Job, Outcome, Point, Series
 
 WARM_UP = 2  # steps of ours that do not count
@@ -94,7 +95,7 @@ def main() -> None:
     series.options(parser)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    series.end_on_signal()
+    end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), TINY if arguments.rehearse else FULL)
     data.profile = arguments.profile

@@ -7,10 +7,8 @@ same command goes on after what is there already.
 
 import argparse
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,18 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from processes import end, ended, environment, in_time, started, why
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 20  # with less time than this left, nothing is begun
 PATIENCE = 300  # seconds for a model or data to be made
 MOST_IDLE = 2  # processes of a job that measure nothing, before the rest of it is given up
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-}
 Outcome = dict[str, Any]
 
 
@@ -228,33 +220,6 @@ def await_turn(job: Mapping[str, Any]) -> None:
         time.sleep(0.05)
 
 
-def in_time(words: Sequence[str], log: Path, seconds: float, settings: Mapping[str, str]) -> int | None:
-    """Run a command and return its exit code; None where it was ended after `seconds`."""
-    return ended(started(words, log, settings), seconds)
-
-
-def started(words: Sequence[str], log: Path, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    with log.open("w") as file:
-        return subprocess.Popen(
-            words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(settings), start_new_session=True
-        )
-
-
-def ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 class NotMade(Exception):
     """What a job needs could not be made."""
 
@@ -266,24 +231,6 @@ def prepare(words: Sequence[str], work: Path, name: str) -> None:
     if code != 0:
         reason = f"not within {PATIENCE} s" if code is None else why(log, code)
         raise NotMade(f"{name} could not be made: {reason}")
-
-
-def environment(work: Path) -> dict[str, str]:
-    """Of every process: no network, one card, and no files in the working directory."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return QUIET | {"CUDA_VISIBLE_DEVICES": visible, "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled")}
-
-
-def why(log: Path, code: int) -> str:
-    """The last line of a log that tells of an error, or its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "rror" in line]
-    return f"exit code {code}: {(told or lines or ['no output'])[-1][:300]}"
-
-
-def end_on_signal() -> None:
-    """SIGTERM ends this process in order, and with it the one that is measured."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

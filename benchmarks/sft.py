@@ -35,6 +35,7 @@ import models
 import profiled
 import series
 import tables
+from processes import end_on_signal
 from random_rows import SMALL, Rows, write_rows
 from series import HERE, Job, Outcome, Point, Series
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    series.end_on_signal()
+    end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)
     data = Data(found.work, models.tokenizer_directory(arguments.tokenizer), SMALL if arguments.rehearse else Rows())
     data.profile = arguments.profile

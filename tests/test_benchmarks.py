@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import models  # noqa: E402
+import processes  # noqa: E402
 import random_rows  # noqa: E402
 import series  # noqa: E402
 import tables  # noqa: E402
@@ -136,7 +137,7 @@ def test_a_process_that_started_early_ends_with_the_series(tmp_path):
     run = series.Series(tmp_path, minutes=1)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        series.end_on_signal()
+        processes.end_on_signal()
         with pytest.raises(SystemExit):
             run.run([job("one", "import os\n" + first, "a"), job("two", script, "b", early=True)])
     finally:
