@@ -8,6 +8,7 @@ becomes a compilation, down to the card's machine code. A process of its own, si
 
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -24,6 +25,7 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 WORDS = ("num_warps", "num_stages")
 
@@ -61,15 +63,34 @@ def compiling(capabilities):
     return run
 
 
+def quantized(nested, dtype):
+    """How bitsandbytes tells that 128 weights are quantized."""
+    scales = SimpleNamespace(absmax=torch.zeros(1), code=torch.zeros(256), blocksize=256)
+    kind = torch.uint8 if nested else torch.float32
+    return SimpleNamespace(
+        absmax=torch.zeros(2, dtype=kind),
+        code=torch.zeros(16),
+        blocksize=64,
+        shape=(8, 16),
+        dtype=dtype,
+        nested=nested,
+        offset=torch.zeros(()),
+        state2=scales,
+    )
+
+
 def launch_all(dtype):
     """Every kernel that the product launches, in a shape of Qwen3-0.6B and of SmolLM2."""
     from opensloth.engine.gate import Shares, gated, gated_back
+    from opensloth.engine.nf4 import numbers
     from opensloth.engine.norm import normalize
     from opensloth.engine.rotary import launch
     from opensloth.engine.softmax import loss_and_slopes, scores_of, slopes_of
     from opensloth.rollout.draw import choose_whole
     from opensloth.rollout.kernel import Norm, Turn, attend
 
+    for nested in (True, False):
+        numbers(torch.zeros(64, 1, dtype=torch.uint8), quantized(nested, dtype))
     rows, ones = 4, torch.zeros(1, dtype=torch.long)
     for heads, keys, size, vocabulary in ((16, 8, 128, 151_936), (9, 3, 64, 49_152)):
         wide = torch.zeros(rows, 1, (heads + 2 * keys) * size, dtype=dtype)

@@ -9,7 +9,7 @@ from interpreted import needs_triton
 from training_fixtures import environment
 
 KERNELS = {
-    *("_gate", "_gate_back", "_normalize", "_rotate", "_cross_entropy", "_score", "_slope"),
+    *("_gate", "_gate_back", "_numbers", "_normalize", "_rotate", "_cross_entropy", "_score", "_slope"),
     *("_attend", "_summarize", "_draw"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from opensloth.engine import attention, fused, head, lora_layer, loss, mlp, policy
+from opensloth.engine import attention, fused, head, lora_layer, loss, matmul, mlp, policy
 from opensloth.engine.compiled import compile_layers
 from opensloth.engine.head import Head
 from opensloth.engine.joint import join
@@ -184,6 +184,22 @@ def test_the_gate_with_its_adapters_is_that_of_torch(rows, width, rank, kind, de
         assert off(opened(g, u, shares, kind), expected) < LOGITS
         for found, exact in zip(back(g, u, slopes, [*shares, low, down], kind), (*wanted, expected), strict=True):
             assert off(found, exact) < LOGITS
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(9728, 2560), (33, 514)])
+def test_weights_in_four_bits_are_those_of_bitsandbytes(shape, nested, device):
+    from bitsandbytes.functional import quantize_4bit
+
+    from opensloth.engine import nf4
+
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(
+        torch.randn(shape, device=device).bfloat16(), compress_statistics=nested, quant_type="nf4"
+    )
+    found, expected = nf4.numbers(packed, state), matmul.by_bitsandbytes(packed, state)
+    assert found.dtype == expected.dtype
+    assert torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=0)
 
 
 def test_a_loss_without_a_host_sync(device):

@@ -1,9 +1,46 @@
 """Matmuls of frozen bases and small adapters: sums that are added as they are written, weights that are made anew."""
 
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
+
+TRITON = importlib.util.find_spec("triton") is not None
+TOLERANCE = 0.01  # of the largest weight: one rounding in 16 bits
+
+
+def by_bitsandbytes(weight: Any, state: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    found: torch.Tensor = dequantize_4bit(weight.data, state)
+    return found
+
+
+from_four_bits: Callable[[Any, Any], torch.Tensor] = by_bitsandbytes
+"""What makes numbers of weights in 4 bits: bitsandbytes, or what `use_kernel` has put in its place for the process."""
+
+
+def use_kernel(model: nn.Module) -> str:
+    """Use our own kernel (engine/nf4.py) for a base in 4 bits on a card, if it makes the same numbers of the first
+    layer. Returns the choice and its reason, in words."""
+    global from_four_bits
+    from_four_bits = by_bitsandbytes
+    weights = (getattr(module, "weight", None) for module in model.modules())
+    first = next((one for one in weights if getattr(one, "quant_state", None) is not None), None)
+    if first is None or not (first.is_cuda and TRITON):
+        return "bitsandbytes': ours runs on a card with Triton"
+    from opensloth.engine import nf4
+
+    if not nf4.serves(first.quant_state):
+        return "bitsandbytes': ours is for nf4"
+    theirs = by_bitsandbytes(first, first.quant_state).float()
+    apart = (nf4.numbers(first, first.quant_state).float() - theirs).abs().max()
+    if not bool(apart <= TOLERANCE * theirs.abs().max()):
+        return f"bitsandbytes': ours is {float(apart):.3g} off in a trial"
+    from_four_bits = nf4.numbers
+    return "ours, which makes the same numbers as bitsandbytes in a trial"
 
 
 def dense(weight: Any, state: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -15,10 +52,7 @@ def dense(weight: Any, state: Any, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         found: torch.Tensor = weight
         return found
-    from bitsandbytes.functional import dequantize_4bit
-
-    found = dequantize_4bit(weight.data, state).to(dtype)
-    return found
+    return from_four_bits(weight, state).to(dtype)
 
 
 def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

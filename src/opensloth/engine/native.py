@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from opensloth.config.jobs import RunJob
 from opensloth.data.models.resolve import ModelRef, load_tokenizer
-from opensloth.engine import attention, choose, flash, lora
+from opensloth.engine import attention, choose, flash, lora, matmul
 from opensloth.engine import head as last_layer
 from opensloth.engine.fused import fuse
 from opensloth.engine.joint import gated, join
@@ -39,6 +39,8 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
     set_attention(model, packs)
     if packs and device.type == "cuda":
         notes.append(f"attention over packs: {flash.use_fastest(model.config, device, dtype)}")
+    if job.load_in_4bit and device.type == "cuda":
+        notes.append(f"the kernel for weights in 4 bits: {matmul.use_kernel(model)}")
     if not job.full_finetuning:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
         # the layers with them: twice the memory, and the packed attention kernel takes 16 bits alone
