@@ -12,7 +12,7 @@ rollouts are the generation within their own steps, timed there. Each process ha
 is kept in FOLDER at once. Prints a table and writes benchmarks/results/grpo-<card>.json.
 
     --profile     steps of ours go on for some more in the profiler; FOLDER/profiles has where their time went
-    --rehearse    a tiny model on a CPU, in seconds. Unsloth is listed as failed where it is not installed.
+    --rehearse    a tiny model on a CPU, in a minute. Unsloth is listed as failed where it is not installed.
 """
 
 import argparse
@@ -93,7 +93,7 @@ TINY = Plan(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="ours goes on into a profile; FOLDER/profiles")
     arguments = parser.parse_args()
     end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)

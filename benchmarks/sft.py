@@ -15,7 +15,7 @@ real tokens, padding left out, after WARM_UP steps too; it imports its libraries
 case with a limit every process tells torch before it loads anything how much of the card it may have (limited.py).
 Peaks are those of torch's allocator.
 
-    --rehearse    a tiny model on a CPU, in seconds. Unsloth is listed as failed where it is not installed.
+    --rehearse    a tiny model on a CPU, in a minute. Unsloth is listed as failed where it is not installed.
     --ablations   ours with single options changed, for the table of docs/performance.md
     --profile     ours goes on for some steps in the profiler; FOLDER/profiles has where their time went
 """
@@ -109,8 +109,8 @@ ABLATED = ("0.6b", "4b")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     series.options(parser)
-    parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--ablations", action="store_true", help="ours with single options changed, too")
+    parser.add_argument("--profile", action="store_true", help="ours goes on into a profile; FOLDER/profiles")
     arguments = parser.parse_args()
     end_on_signal()
     found = Series(arguments.work, arguments.minutes, arguments.again)

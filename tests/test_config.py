@@ -202,3 +202,19 @@ def test_the_record_of_a_job_can_be_read_back_as_a_config_file(config):
     first = resolve(SftJob, {**SFT, "lora_targets": "q_proj,v_proj", "warmup_steps": "5%"})
     values = {name: item["value"] for name, item in first.record().items()}
     assert resolve(SftJob, {}, config(yaml.safe_dump(values))).job == first.job
+
+
+@pytest.mark.parametrize(("updates", "expected"), [("1", 25), ("2", 26), ("4", 28), ("5", 25), ("50", 50)])
+def test_checkpoints_lie_between_batches_unless_somebody_wants_otherwise(updates, expected):
+    resolved = resolve(GrpoJob, {**SFT, "updates_per_batch": updates})
+    assert (resolved.job.save_steps, resolved.origins["save_steps"]) == (expected, "default")
+    again = {name: entry["value"] for name, entry in resolved.record().items()}
+    assert GrpoJob.model_validate(again) == resolved.job  # as a worker reads it
+    if expected != 25:
+        error = refused(GrpoJob, {**SFT, "updates_per_batch": updates, "save_steps": 25})
+        assert f"--save-steps {expected} is the next that is" in error.message
+
+
+@pytest.mark.parametrize("updates", ["0", "-1", "x"])
+def test_updates_that_are_no_count_are_refused(updates):
+    assert "--updates-per-batch" in refused(GrpoJob, {**SFT, "updates_per_batch": updates}).message

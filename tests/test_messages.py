@@ -262,7 +262,7 @@ def test_a_mapped_column_no_longer_plays_its_own_role() -> None:
     ("columns", "hint"),
     [
         (["query", "response"], "--map prompt=query --map completion=response"),
-        (["Question", "Answer"], "--map"),
+        (["Question", "Answer"], "--map question=Question --map answer=Answer"),
         (["problem", "final_answer"], "--map answer=final_answer"),
         (["prompt", "label", "target"], "--map completion=target"),
         (["conversation", "id"], "--map messages=conversation"),

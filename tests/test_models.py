@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from opensloth.cli.model_facts import local_model
 from opensloth.data.models import smollm2 as sample_model
-from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
+from opensloth.data.models.resolve import ModelRef, beside, load_tokenizer, resolve_model, tokenizer_digest
 from opensloth.errors import UserError
 from tiny import save_tiny_model, tiny_tokenizer
 
@@ -219,3 +220,18 @@ def test_an_adapter_of_the_sample_finds_it_again_after_the_cache_moved(
     monkeypatch.setattr(sample_model, "convert", lambda gguf, output: converted(output))
     run = adapter(tmp_path / "run", f"/another/home/.cache/opensloth/models/{sample_model.DIRECTORY}")
     assert resolve_model(str(run)).base == str(cache / "models" / sample_model.DIRECTORY)
+
+
+def test_a_misspelled_directory_is_told_from_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "reasons").mkdir(parents=True)
+    assert beside("outputs/reason") == "There is no directory outputs/reason either. Did you mean reasons?"
+    assert beside("outputs/x") == "There is no directory outputs/x either."
+    assert beside("unsloth/Qwen3-4B-Base") == ""
+    assert beside("gpt2") == ""
+
+
+@pytest.mark.parametrize("spec", ["/no/model", "./no/model", "~/no/model"])
+def test_a_dry_run_knows_that_a_path_is_no_model_of_the_hub(spec):
+    with pytest.raises(UserError, match="no such directory"):
+        local_model(spec, None)

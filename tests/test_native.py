@@ -205,3 +205,27 @@ def test_a_step_is_a_whole_number_of_packs_where_memory_is_no_matter(step):
     packs = -(-step // tokens)
     assert packs == max(round(step / memory.MOST_TOKENS), 1)
     assert step <= packs * tokens <= step * memory.MARGIN + packs * 256
+
+
+def test_an_evaluation_changes_nothing_of_a_base_in_four_bits(model):
+    """On some CPUs bitsandbytes laid its weights out anew in the first pass without a gradient; from then on gradients
+    ended there, without a word."""
+    engine = load(resolve_model(str(model)), load_in_4bit=True, dtype="float32")
+    four_bits = [module for module in engine.model.modules() if type(module).__name__ == "Linear4bit"]
+    assert four_bits
+    engine.model.set_attn_implementation("sdpa")
+    ids = torch.arange(5, 25)[None]
+
+    def gradients():
+        engine.model.zero_grad()
+        engine.model.train()(input_ids=ids).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        engine.model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) > 7
+    assert before.keys() == after.keys()
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+    assert not any(getattr(one.weight.quant_state, "packing_format_for_cpu", False) for one in four_bits)

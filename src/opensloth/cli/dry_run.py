@@ -85,8 +85,9 @@ def processes_figures(job: TrainOptions, processes: int) -> Figures:
     if job.batch_size is not None:
         text = f"{job.batch_size:,} rows x {job.grad_accum or 1} micro-batches x {processes} processes make a step"
     else:
-        fits = "as free memory allows" if job.pack_tokens == "auto" else f"at most {int(job.pack_tokens):,} tokens"
-        text = f"{processes}, each with packs of {fits}; what a step holds does not depend on them"
+        auto = job.pack_tokens == "auto"
+        packs = "packs as large as free memory allows" if auto else f"packs of at most {int(job.pack_tokens):,} tokens"
+        text = f"{processes}, each with {packs}; what a step holds does not depend on them"
     return {"processes": text}
 
 

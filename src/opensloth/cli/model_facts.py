@@ -58,7 +58,7 @@ def local_model(spec: str, revision: str | None) -> Any:
 
     if not is_made(spec):
         return "the sample model has not been made yet, which the first real run does"
-    if is_local(spec):
+    if is_local(spec) or spec.startswith(("/", "./", "../", "~")):  # which no hub id does
         return resolve_model(spec, revision)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a dry run fetches nothing; the hub client's cache may have it
     try:

@@ -1,5 +1,7 @@
 """Settings of a training run: the model, the optimizer, the batch, checkpoints, processes."""
 
+from typing import Any
+
 from pydantic import field_validator, model_validator
 
 from opensloth.config.base import Settings, option
@@ -188,6 +190,15 @@ class GrpoOptions(TrainOptions):
     def several_texts(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def checkpoints_lie_between_batches(cls, values: Any) -> Any:
+        """A --save-steps that nobody chose is rounded up to whole batches."""
+        updates = values.get("updates_per_batch") if isinstance(values, dict) else None
+        if updates is None or "save_steps" in values or not str(updates).isdecimal() or int(updates) < 1:
+            return values
+        return {**values, "save_steps": whole(cls.model_fields["save_steps"].default, int(updates))}
+
     @model_validator(mode="after")
     def batch_adds_up(self) -> "GrpoOptions":
         if self.group_size < 2:
@@ -197,7 +208,8 @@ class GrpoOptions(TrainOptions):
         if self.save_steps % self.updates_per_batch:
             raise ValueError(
                 f"--save-steps {self.save_steps} is no multiple of --updates-per-batch {self.updates_per_batch}: "
-                "a run goes on between two batches of completions, not within one"
+                "a run goes on between two batches of completions, not within one; "
+                f"--save-steps {whole(self.save_steps, self.updates_per_batch)} is the next that is"
             )
         return self
 
@@ -208,6 +220,11 @@ class GrpoOptions(TrainOptions):
         if self.rollout == "vllm" and self.engine == "unsloth":
             raise ValueError("--rollout vllm works with --engine native: unsloth brings its own")
         return self
+
+
+def whole(count: int, of: int) -> int:
+    """`count`, rounded up to a multiple."""
+    return -(-count // of) * of
 
 
 class LaunchOptions(Settings):

@@ -143,13 +143,10 @@ def find(model: PreTrainedModel) -> tuple[Head | None, str]:
         return (seen[-1],)
 
     watch = linear.register_forward_pre_hook(spread)
-    training = model.training
-    model.train()  # quantized layers change their weights at the first forward without it, where there is no card
     try:
         expected = model(input_ids=ids, use_cache=False).logits.detach().float()
     finally:
         watch.remove()
-        model.train(training)
     if len(seen) != 1 or seen[0].shape[:2] != expected.shape[:2]:
         return None, "its head does not see the last hidden state of every token"
     with torch.no_grad():

@@ -62,6 +62,7 @@ def joint_kind(kind: type[nn.Module], ours: type[Any], act: str = "silu") -> typ
     return type(f"{ours.__name__}{kind.__name__}", (ours, kind), {"kind": act})
 
 
+@torch.no_grad()
 def gates(mlp: Any, kind: str) -> bool:
     """Whether an MLP is D(act(G x) U x) and nothing else, as far as a trial with small and with large values shows.
 
@@ -70,8 +71,7 @@ def gates(mlp: Any, kind: str) -> bool:
     base = mlp.gate_proj.get_base_layer()
     dtype = base.weight.dtype if state_of(base) is None else base.compute_dtype
     x = torch.linspace(-2, 2, 2 * base.in_features, device=base.weight.device, dtype=dtype).view(2, -1)
-    # with a gradient, since quantized layers change their weights at a forward without, where there is no card
-    small = min(part(x.requires_grad_()).abs().max().item() for part in (mlp.gate_proj, mlp.up_proj))
+    small = min(part(x).abs().max().item() for part in (mlp.gate_proj, mlp.up_proj))
     trained, mlp.training = mlp.training, True
     try:
         return all(computes(mlp, kind, factor * x) for factor in (1.0, SPREAD / max(small, 1e-6)))

@@ -80,8 +80,6 @@ def serves(layer: Any, x: torch.Tensor) -> bool:
         return False
     base = layer.get_base_layer()
     state = state_of(base)
-    if getattr(state, "packing_format_for_cpu", False):
-        return False
     kind = base.weight.dtype if state is None else base.compute_dtype
     return bool(kind == type_of(x) and not base.weight.requires_grad)
 

@@ -114,6 +114,11 @@ def load_base(job: RunJob, ref: ModelRef, dtype: torch.dtype, device: torch.devi
     except (OSError, ValueError) as error:  # weights that only exist as pickles, or an unknown architecture
         raise UserError(f"{ref.base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
+    for module in model.modules():
+        # bitsandbytes lays weights out anew for a CPU at the first forward without a gradient, and has no way back to
+        # them from there: gradients would end at the layer, without a word (bitsandbytes 0.50, nn/modules.py)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

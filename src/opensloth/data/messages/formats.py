@@ -105,30 +105,40 @@ def _unknown(columns: list[str], mapping: Mapping[str, str], shapes: Mapping[str
 
 
 def _suggest(columns: list[str], mapping: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
-    """The `--map` options that complete the format which is nearest to the columns, or an empty string."""
-    best: tuple[int, list[str]] | None = None
+    """The `--map` options that complete the format which is nearest to the columns, or an empty string.
+
+    The nearest has the fewest roles missing; of two, the one whose roles the columns are called like.
+    """
+    best: tuple[int, int, list[str]] | None = None
     for name in (*(n for n in SUGGESTED if n in shapes), *shapes):
         required = shapes[name].required
         used = {mapping[role] for role in required if role in mapping}
         used |= {role for role in required if role in columns and role not in mapping}
         maps: list[str] = [f"--map {role}={mapping[role]}" for role in required if role in mapping]
         missing = [role for role in required if role not in mapping and role not in columns]
+        others = 0  # columns of another name
         for role in missing:
             column = _nearest_column(role, [column for column in columns if column not in used])
             if column is None:
                 break
             used.add(column)
             maps.append(f"--map {role}={column}")
+            others += folded(column) != role
         else:
-            if best is None or len(missing) < best[0]:
-                best = (len(missing), maps)
-    return " ".join(best[1]) if best else ""
+            distance = (len(missing), others)
+            if best is None or distance < best[:2]:
+                best = (*distance, maps)
+    return " ".join(best[2]) if best else ""
 
 
 def _nearest_column(role: str, columns: list[str]) -> str | None:
-    folded = {column.lower().strip().replace(" ", "_").replace("-", "_"): column for column in columns}
+    names = {folded(column): column for column in columns}
     for name in (role, *SYNONYMS.get(role, ())):
-        if name in folded:
-            return folded[name]
-    close = difflib.get_close_matches(role, list(folded), n=1, cutoff=0.7)
-    return folded[close[0]] if close else None
+        if name in names:
+            return names[name]
+    close = difflib.get_close_matches(role, list(names), n=1, cutoff=0.7)
+    return names[close[0]] if close else None
+
+
+def folded(column: str) -> str:
+    return column.lower().strip().replace(" ", "_").replace("-", "_")

@@ -188,7 +188,7 @@ def _cached(spec: str, revision: str | None, name: str, reason: str) -> ModelRef
                 return _adapter(spec, snapshot, name, None)
             return ModelRef(spec, spec, snapshot.name, None, name)
     at = f" at revision {revision}" if revision else ""
-    hint = "Connect to the network once, or name a model directory or sample:smollm2."
+    hint = beside(spec) or "Connect to the network once, or name a model directory or sample:smollm2."
     raise UserError(f"Model {spec}{at} is not in the hub's cache, and {reason}.", hint)
 
 
@@ -207,7 +207,16 @@ def _refused(spec: str, revision: str | None, error: Exception) -> UserError:
     if status == 403:
         return UserError(f"The hub refuses access to {spec} (403).", f"Ask its owner, then {login}.")
     message = f"There is no directory and no model on the hub that is called {spec} (the hub answers {status})."
-    return UserError(message, f"Check the name; if the model is private, {login}.")
+    return UserError(message, beside(spec) or f"Check the name; if the model is private, {login}.")
+
+
+def beside(spec: str) -> str:
+    """A hint where the name could be meant as a directory here: its folder is there, and it is not in it."""
+    folder = Path(spec).expanduser().parent
+    if folder == Path() or not folder.is_dir():
+        return ""
+    near = nearest(Path(spec).name, [path.name for path in folder.iterdir() if path.is_dir()])
+    return f"There is no directory {spec} either. {near}".rstrip()
 
 
 def load_tokenizer(ref: ModelRef, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
