@@ -19,7 +19,7 @@ from opensloth.engine.lora import with_our_layers
 from opensloth.engine.lora_layer import Adapted, OneMatmul, Together
 from opensloth.engine.mlp import Gated, GatedMlp
 from opensloth.rollout.merge import Merge
-from test_lora_layer import BFLOAT16, IDS, SAME, away_from_zero, in_sixteen_bits, ours, outcome, pefts
+from test_lora_layer import IDS, SAME, away_from_zero, check_rounding, in_sixteen_bits, ours, outcome, pefts
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"]  # gemma's gate is a GELU
@@ -230,20 +230,7 @@ def test_a_model_without_an_adapter_stays_as_it_is():
 
 
 def test_in_sixteen_bits_they_are_those_of_peft_within_rounding():
-    model = joined()
-    exact, exact_gradients = outcome(pefts(model))
-    other = in_sixteen_bits(pefts(model))
-    logits, gradients = outcome(in_sixteen_bits(model))
-    peft_logits, peft_gradients = outcome(other)
-
-    def off(found, wanted):
-        return float((found - wanted).abs().max() / wanted.abs().max())
-
-    assert off(logits, exact) < max(BFLOAT16, 2 * off(peft_logits, exact))
-    for name, gradient in gradients.items():
-        wanted = exact_gradients[name]
-        assert gradient.dtype == torch.float32
-        assert off(gradient, wanted) < max(BFLOAT16, 2 * off(peft_gradients[name], wanted)), name
+    check_rounding(joined())
 
 
 def test_an_mlp_keeps_two_of_its_widest_activations():

@@ -104,7 +104,11 @@ def test_logits_and_gradients_are_those_of_peft(arch, rslora, monkeypatch):
 
 
 def test_in_sixteen_bits_they_are_those_of_peft_within_rounding():
-    model = ours()
+    check_rounding(ours())
+
+
+def check_rounding(model):
+    """Logits and gradients in 16 bits are no further from the exact ones than PEFT's, twice over."""
     exact, exact_gradients = outcome(pefts(model))
     other = in_sixteen_bits(pefts(model))
     logits, gradients = outcome(in_sixteen_bits(model))

@@ -55,4 +55,4 @@ def test_what_will_be_gated_is_what_is(changed, expected, tmp_path):
     job = SftJob(data=Path("data"), dtype="float32", **changed)
     engine = native.load(job, resolve_model(str(path)), seed=1, device=torch.device("cpu"), packing=True)
     assert engine.means.gated is expected
-    assert joint.will_be_gated(tiny_model(tiny_tokenizer()), job) is expected
+    assert joint.will_be_gated(lambda: tiny_model(tiny_tokenizer()), job) is expected

@@ -1,6 +1,11 @@
 """What a process may use of its machine."""
 
+import importlib.util
 import os
+
+TRITON = (
+    importlib.util.find_spec("triton") is not None
+)  # what our kernels are written in; CUDA builds of torch bring it
 
 
 def cores() -> int:

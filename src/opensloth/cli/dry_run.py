@@ -5,6 +5,7 @@ Here are os-data, SFT, and what all dry runs share. Prepared data is counted exa
 
 import json
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from opensloth import log, paths
@@ -113,7 +114,7 @@ def memory_figures(
         from opensloth.engine import lora
 
         lora.targets(without_weights(config, trusted), job.lora_targets)
-    means = means_of(job, model, config, dtype, device)
+    means = means_of(job, model, lambda: without_weights(config, trusted), dtype, device)
     need = memory.estimate(config, job, dtype.itemsize, means)
     text = str(need)
     if job.pack_tokens != "auto" or device.type == "cpu":
@@ -125,9 +126,13 @@ def memory_figures(
 
 
 def means_of(
-    job: TrainOptions, model: "ModelRef", config: Any, dtype: "torch.dtype", device: "torch.device"
+    job: TrainOptions, model: "ModelRef", bare: Callable[[], Any], dtype: "torch.dtype", device: "torch.device"
 ) -> "Means":
-    """What the engine will do in order to need less memory, as far as the model's config tells."""
+    """What the engine will do in order to need less memory, as far as the model's config tells.
+
+    Args:
+        bare: makes the model without its weights.
+    """
     from opensloth.engine import head, joint, memory
 
     if job.engine == "unsloth":
@@ -138,7 +143,7 @@ def means_of(
         named = tuple(targets) if isinstance(targets, list) else job.lora_targets
         job = job.model_copy(update={"lora_targets": named, "lora_dropout": kept.get("lora_dropout", 0.0)})
     try:
-        gated = joint.will_be_gated(without_weights(config, bool(getattr(job, "trust_remote_code", False))), job)
+        gated = joint.will_be_gated(bare, job)
     except UserError:  # no language model by itself: the run will say more
         gated = False
     return memory.Means(in_place=head.in_place(dtype, device), gated=gated)

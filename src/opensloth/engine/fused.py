@@ -6,7 +6,6 @@ recognize stays as it is.
 """
 
 import functools
-import importlib.util
 import sys
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TRITON = importlib.util.find_spec("triton") is not None
+from opensloth.hardware import TRITON
+
 MOST_HEADS = 256  # that one program normalizes
 TOLERANCE = 0.02  # of the largest value: roundings of 16 bits stand in other places
 

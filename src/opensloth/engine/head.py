@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from opensloth.engine.fused import TRITON
 from opensloth.engine.lora import base_of
+from opensloth.hardware import TRITON
 
 CHUNK_BYTES = 2**29  # of a chunk's logits in fp32: large enough for matmuls at full speed, small beside activations
 

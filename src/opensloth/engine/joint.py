@@ -6,6 +6,7 @@ what its projections were given is theirs for the very tensor that it was made o
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,10 +38,14 @@ def gate_of(module: nn.Module) -> str | None:
     return KINDS.get(type(module.act_fn).__name__)
 
 
-def will_be_gated(model: nn.Module, options: TrainOptions) -> bool:
-    """As `gated`, of a model that is not loaded yet and gets a new adapter: by the names of its parts, untried."""
+def will_be_gated(bare: Callable[[], nn.Module], options: TrainOptions) -> bool:
+    """As `gated`, of a model that is not loaded yet and gets a new adapter: by the names of its parts, untried.
+
+    Args:
+        bare: makes the model without its weights; it is not asked where the options rule it out.
+    """
     plain = not (options.full_finetuning or options.load_in_8bit or options.lora_dropout)
-    return plain and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, model.modules()))
+    return plain and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, bare().modules()))
 
 
 def gated(model: nn.Module) -> bool:

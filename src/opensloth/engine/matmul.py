@@ -1,13 +1,13 @@
 """Matmuls of frozen bases and small adapters: sums that are added as they are written, weights that are made anew."""
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-TRITON = importlib.util.find_spec("triton") is not None
+from opensloth.hardware import TRITON
+
 TOLERANCE = 0.01  # of the largest weight: one rounding in 16 bits
 
 

@@ -5,7 +5,6 @@ made anew in the backward pass, by the kernel that reads g and u there anyway, a
 gradient of h is made in passing (engine/gate.py), where matmuls would read and write them once more.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -28,8 +27,8 @@ from opensloth.engine.lora_layer import (
     type_of,
 )
 from opensloth.engine.matmul import in_float32, products
+from opensloth.hardware import TRITON
 
-TRITON = importlib.util.find_spec("triton") is not None
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 MOST_RANK = 64  # of adapters whose share the kernel makes; with more it is no longer small
 
@@ -111,17 +110,22 @@ class GatedMlp(torch.autograd.Function):
         return to_x, None, None, None, *of_layers(to_downs, (to_g, to_u, out), lows, ctx.scalings)
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether engine/gate.py takes x."""
+    return x.is_cuda and TRITON
+
+
 def shares_of(low: torch.Tensor, pair: Sequence[Layer], last: Layer) -> list[torch.Tensor]:
     """What the kernels are given to make the adapters' share themselves; nothing where matmuls make it."""
     ranks = {len(layer.down) for layer in pair}
-    if not (low.is_cuda and TRITON) or len(ranks) > 1 or max(*ranks, len(last.down)) > MOST_RANK:
+    if not has_kernel(low) or len(ranks) > 1 or max(*ranks, len(last.down)) > MOST_RANK:
         return []
     return [low, *(layer.up for layer in pair)]
 
 
 def opened(g: torch.Tensor, u: torch.Tensor, shares: list[torch.Tensor], kind: str) -> torch.Tensor:
     """act(g) u, with what adapters add to both; computed in fp32 and rounded once. All are (tokens, width)."""
-    if not (g.is_cuda and TRITON):
+    if not has_kernel(g):
         return (act(g.float(), kind) * u.float()).to(g.dtype)
     found: torch.Tensor = (as_one if torch.compiler.is_compiling() else by_kernel)(g, u, shares, kind)
     return found
@@ -131,7 +135,7 @@ def back_through(
     g: torch.Tensor, u: torch.Tensor, slopes: torch.Tensor, shares: list[torch.Tensor], kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of g and u by that of h, and h. `shares` end with the two whose product is added to `slopes`."""
-    if not (g.is_cuda and TRITON):
+    if not has_kernel(g):
         x, value, slope = g.float(), u.float(), slopes.float()
         of_act = slope * value
         to_g = (

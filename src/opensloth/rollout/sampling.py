@@ -5,15 +5,15 @@ is drawn whatever the batch it is in, the process that makes it, or the runs tha
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from opensloth.hardware import TRITON
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BLOCK = 512  # tokens: some hundred blocks of some hundred tokens in a vocabulary of 150,000
-TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ copies a prompt for each completion, and attention costs what a bucket of positi
 prompt once and what was written apart from it, for the kernel of rollout/kernel.py.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from opensloth.engine.memory import head_size
+from opensloth.hardware import TRITON
 from opensloth.rollout import grouped
 
 BUCKET = 64  # positions of the cache; attention costs what the bucket holds
@@ -206,7 +206,7 @@ def why_not_shared(config: PretrainedConfig, device: torch.device) -> str:
     """Why completions cannot share their prompts' keys, or an empty string."""
     if device.type != "cuda":
         return "the kernel runs on CUDA alone"
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         return "triton is not installed"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
         return "the card is older than the kernel's matrix products"
