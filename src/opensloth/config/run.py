@@ -9,6 +9,7 @@ from opensloth.config.base import Settings, option
 ENGINES = ("auto", "native", "unsloth")
 CHECKPOINTING = ("auto", "none", "selective", "full")
 COMPILE = ("auto", "on", "off")
+GRAPHS = ("auto", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULERS = ("linear", "cosine", "constant")
 OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "sgd")
@@ -65,6 +66,9 @@ class TrainOptions(Settings):
     )
     compile: str = option(
         "auto", "Compile the layers (engine native); auto does for long SFT on a card.", choices=COMPILE
+    )
+    cuda_graphs: str = option(
+        "auto", "Record the passes of a pack as CUDA graphs (SFT, engine native); auto does on a card.", choices=GRAPHS
     )
 
     logging_steps: int = option(1, "Log every N steps.", ge=1)

@@ -9,6 +9,7 @@ from opensloth.config.run import TrainOptions
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
+WORTH_FILLING = 0.95  # of the tokens of packs of one shape must be real
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,28 @@ def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens
     if tokens < WORTH_COMPILING:
         return Choice("off", f"it takes longer than it saves in less than {WORTH_COMPILING:,} tokens")
     return Choice("on", "it takes a minute, once, and is kept for the next run")
+
+
+def graphs(options: TrainOptions, device: torch.device, recordable: bool, filled: float) -> Choice:
+    """Whether the passes of packs are recorded as CUDA graphs, "on" or "off" (engine/graphed.py).
+
+    Args:
+        recordable: whether the host does the same for every pack of a shape.
+        filled: the share of real tokens in packs that are all filled up to one shape.
+    """
+    if options.cuda_graphs == "off":
+        return Choice("off", "as asked")
+    if device.type != "cuda":
+        return Choice("off", "they are for a card")
+    if options.batch_size is not None:
+        return Choice("off", "they are for packs of one size")
+    if options.full_finetuning or options.load_in_8bit:
+        return Choice("off", "they are for adapters, on a base in 16 or 4 bits")
+    if not recordable:
+        return Choice("off", "the host does not do the same for each pack with this model")
+    if filled < WORTH_FILLING:
+        return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
+    return Choice("on", "a pack is two launches for the host, not thousands")
 
 
 def cpu_has_bfloat16() -> bool:

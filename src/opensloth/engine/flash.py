@@ -76,9 +76,14 @@ def use_fastest(config: PretrainedConfig, device: torch.device, dtype: torch.dty
         windows = {None, window and min(window, WINDOW)}
         return [x for window in windows for x in computed(config, device, dtype, window)]
 
-    if not attention.has_kernel(torch.empty(0, 1, head_size(config), dtype=dtype, device=device)):
+    if not serves(config, device, dtype):
         return "row by row: no flash attention is made for this card, number type and size of a head"
     return activate(candidates(torch.cuda.get_device_capability(device)[0]), trial)
+
+
+def serves(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is any for the heads of a model."""
+    return attention.has_kernel(torch.empty(0, 1, head_size(config), dtype=dtype, device=device))
 
 
 def candidates(major: int) -> list[Newer]:

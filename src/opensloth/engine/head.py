@@ -11,6 +11,7 @@ them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from opensloth.engine.graphed import Graphed
 from opensloth.engine.lora import base_of
 from opensloth.hardware import TRITON
 
@@ -32,10 +34,12 @@ class Head:
 
     Attributes:
         cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
+        graphed: computes what reaches the head in place of the model itself, where packs have one shape.
     """
 
     linear: nn.Linear
     cap: float | None = None
+    graphed: Graphed | None = None
 
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
@@ -44,6 +48,12 @@ class Head:
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""
+        if self.graphed is not None:
+            return self.graphed.hidden(partial(self.reach, getattr(model, "module", model)), inputs)
+        return self.reach(model, **inputs)
+
+    def reach(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
+        """`hidden`, by the model itself."""
         seen: list[torch.Tensor] = []
 
         def take_note(hidden: torch.Tensor) -> torch.Tensor:

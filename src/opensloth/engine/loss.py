@@ -21,7 +21,7 @@ def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any], head: Head | None
     Returns:
         A scalar in fp32; 0 (with a graph, so that DDP sees every gradient) for a pack without trained tokens.
     """
-    inputs = {name: value for name, value in pack.items() if name not in ("labels", "predictors")}
+    inputs = pack_inputs(pack)
     targets, positions = pack["labels"][0, 1:], pack["predictors"]
     if head is not None:
         hidden = head.hidden(model, **inputs)[0].index_select(0, positions)
@@ -33,6 +33,11 @@ def pack_loss(model: torch.nn.Module, pack: Mapping[str, Any], head: Head | None
     # use_cache=False is what makes packed position ids exact; with a cache, rows would see each other
     logits: torch.Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     return weight * F.cross_entropy(logits[0].float(), targets[positions], reduction="sum")
+
+
+def pack_inputs(pack: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model reads of a pack."""
+    return {name: value for name, value in pack.items() if name not in ("labels", "predictors")}
 
 
 def padded_loss(model: torch.nn.Module, batch: Mapping[str, Any], head: Head | None = None) -> torch.Tensor:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opensloth.engine import flash
 from opensloth.engine.compiled import compile_layers
+from opensloth.engine.graphed import Graphed, draws
 from opensloth.engine.head import Head
+from opensloth.engine.lora import trainable
+from opensloth.engine.loss import pack_inputs
 from opensloth.engine.memory import ALL_LOGITS, Means
 
 Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -43,6 +47,19 @@ class Engine:
     def compile(self, *, dynamic: bool) -> None:
         """As compiled.compile_layers."""
         compile_layers(self.model, dynamic=dynamic)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the host does the same for every pack of a shape: it never asks where rows end, how many tokens are
+        trained, or for a random number."""
+        device = next(self.model.parameters()).device
+        config: Any = self.model.config
+        return self.head is not None and not draws(self.model) and flash.serves(config, device, self.dtype)
+
+    def record(self, blank: Mapping[str, Any], say: Callable[[str], object]) -> None:
+        """Record the passes of packs of one shape, `blank`'s, where they come (engine/graphed.py)."""
+        assert self.head is not None, "what is recorded ends before the head"
+        self.head.graphed = Graphed(list(trainable(self.model).values()), pack_inputs(blank), say)
 
     @property
     def packs_natively(self) -> bool:

@@ -27,7 +27,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # What may differ when a run goes on: the hardware, how much is logged and kept. Everything else makes another model.
 MAY_CHANGE = frozenset(LaunchOptions.model_fields) | {
-    *("output", "force", "resume", "pack_tokens", "gradient_checkpointing", "compile"),
+    *("output", "force", "resume", "pack_tokens", "gradient_checkpointing", "compile", "cuda_graphs"),
     *("logging_steps", "save_steps", "save_total_limit", "report_to", "trust_remote_code"),
     *("print_samples_every", "zero_signal"),
 }

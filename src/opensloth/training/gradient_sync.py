@@ -4,6 +4,7 @@ DDP's own figures (`_get_ddp_logging_data`) make the host wait for the card in e
 moments are marked while a step runs (on a card by events in its stream) and read with a log, once they are past.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,20 @@ class GradientSync:
             self.current.end = now(self.device)
             self.unread.append(self.current)
             self.current = Buckets()
+
+    def mean(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        """The mean over processes of gradients that DDP did not see, in one all-reduce, behind the last backward."""
+        if not dist.is_initialized():
+            return
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        assert len(gradients) == len(trained), "what trains has a gradient on every process"
+        ready = now(self.device)
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size())
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(one) for part, one in zip(parts, gradients, strict=True)])
+        done = now(self.device)
+        self.unread.append(Buckets([ready], [done], done))
 
     def read(self, first: int | None = None) -> SyncSeconds:
         """Of the first steps that are not read yet (None: of all) those that the card has passed; the others come with

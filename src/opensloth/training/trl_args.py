@@ -9,15 +9,22 @@ import torch
 
 from opensloth.config.run import GrpoOptions, TrainOptions
 from opensloth.engine import Engine
+from opensloth.engine.graphed import draws
 from opensloth.errors import UserError
 
 OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "sgd": "sgd"}
 SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' own "constant" passes over the warm-up
 # "selective" recomputes every second layer; reentrant checkpointing does not work with DDP on adapters
-CHECKPOINTING = {
+CHECKPOINTING: dict[str, dict[str, Any]] = {
     "selective": {"use_reentrant": False, "every_n_layers": 2},
     "full": {"use_reentrant": False},
 }
+
+
+def checkpointing(mode: str, model: torch.nn.Module) -> dict[str, Any] | None:
+    """What transformers is told of a mode. The state of the random numbers is kept for models that draw some alone:
+    to read it takes the host longer than to launch a layer, and no CUDA graph can."""
+    return CHECKPOINTING[mode] | {"preserve_rng_state": draws(model)} if mode in CHECKPOINTING else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def shared(options: TrainOptions, frame: Frame) -> dict[str, Any]:
         "bf16": frame.engine.autocast and frame.engine.dtype is torch.bfloat16,
         "fp16": frame.engine.dtype is torch.float16,
         "gradient_checkpointing": frame.checkpointing != "none",
-        "gradient_checkpointing_kwargs": CHECKPOINTING.get(frame.checkpointing),
+        "gradient_checkpointing_kwargs": checkpointing(frame.checkpointing, frame.engine.model),
         "logging_steps": options.logging_steps,
         "logging_first_step": True,
         # the filter hides NaN and makes the host wait for the card at every micro-batch

@@ -167,6 +167,13 @@ class Steps(Dataset[Step]):
         tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
         return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
+    def filled(self, shape: Shape) -> float:
+        """The share of real tokens where all packs have a shape, in the first steps."""
+        steps = [self.plan.micro_batches(n, self.pack_tokens, self.processes) for n in range(min(len(self), LOOKED_AT))]
+        packs = [rows for step in steps for process in step for rows in process]
+        real = sum(int(self.plan.lengths[rows].sum()) for rows in packs)
+        return real / (len(packs) * shape.tokens)
+
     def row_ids(self, rows: list[int]) -> list[int]:
         """The numbers of stored rows in the source, as `os-data show` names them."""
         return [self.batcher.prepared.rows.row(row).row_id for row in rows]

@@ -29,6 +29,8 @@ class Run:
         held_out: this process's share of the held-out rows, in micro-batches; empty lists where nothing is held out.
         held_out_targets: trained tokens of the held-out rows of all processes.
         native: whether the engine is.
+        recorded: whether passes are (engine/graphed.py): gradients then come beside autograd, where DDP does not see
+            them.
     """
 
     files: RunFiles
@@ -38,6 +40,7 @@ class Run:
     held_out: list[list[int]]
     held_out_targets: int
     native: bool
+    recorded: bool = False
 
 
 def trainer_class() -> type[Any]:
@@ -74,13 +77,15 @@ def trainer_class() -> type[Any]:
             total = torch.zeros((), device=self.args.device)
             last = len(inputs["packs"]) - 1
             for number, pack in enumerate(inputs["packs"]):
-                sync = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
-                with sync:
+                by_ddp = number == last and not self.run.recorded
+                with contextlib.nullcontext() if by_ddp else self.accelerator.no_sync(model):
                     loss = self.compute_loss(model, self._prepare_inputs(pack)) * scale
                     self.accelerator.backward(loss)
                 self.costs.sync.backward_done()
                 self.since_log.append(((inputs["number"], number), loss.detach()))
                 total += loss.detach()
+            if self.run.recorded:
+                self.costs.sync.mean(self.trained)
             self.costs.step_done(inputs["tokens"])
             return total
 

@@ -1,5 +1,6 @@
 """An SFT job from its start to its result, as one of its processes: model, schedule, trainer, adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, choose, load
 from opensloth.training import plan
+from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import Attempt, rehearse
 from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
@@ -38,8 +40,6 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
     memory = plan.choose(engine, job, place.device, longest=longest, step=laid_out.largest_share(place.processes))
-    compiling = choose.compilation(job, place.device, engine.packs_natively, sum(laid_out.step_tokens))
-    engine.notes.append(f"compiled layers: {compiling.value}, {compiling.why}")
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
@@ -50,11 +50,33 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = largest_pack(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    if compiling.value == "on":
-        engine.compile(dynamic=False)
-        batcher.shape = run.steps.shape(longest)
+    if engine.packs_natively:
+        run = with_one_shape(run, engine, job, longest, place)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
+
+
+def with_one_shape(run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, place: Place) -> pack_trainer.Run:
+    """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
+    shape = run.steps.shape(longest)
+    compiling = choose.compilation(job, place.device, True, sum(run.steps.plan.step_tokens))
+    recordable = all(of_all(engine.recordable))
+    graphs = choose.graphs(job, place.device, recordable, run.steps.filled(shape))
+    say = log.say if place.leads else unheard
+    say(f"compiled layers: {compiling.value}, {compiling.why}")
+    say(f"CUDA graphs: {graphs.value}, {graphs.why}")
+    if "on" in (compiling.value, graphs.value):
+        run.batcher.shape = shape
+    if compiling.value == "on":
+        engine.compile(dynamic=False)
+    if graphs.value == "on":
+        engine.record(run.batcher([]), say)
+        return replace(run, recorded=True)
+    return run
+
+
+def unheard(_: str) -> None:
+    """What the first process says already."""
 
 
 def largest_pack(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:
