@@ -16,6 +16,7 @@ from opensloth.engine.head import Head
 from opensloth.engine.joint import join
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
+from test_graphed import PACKS, Recorded
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
 from test_policy import batch as completions
 from tiny import tiny_model, tiny_tokenizer
@@ -105,6 +106,32 @@ def test_packed_logits_and_adapter_gradients_equal_the_slow_path(arch, monkeypat
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
         assert off(gradient, wanted[name]) < GRADIENTS, name
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "compiled"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
+def test_recorded_passes_are_those_of_the_model(arch, how, monkeypatch, device):
+    """Packs with other rows than those that were recorded, step after step; and memory is given back."""
+
+    def prepare(model):
+        model = frozen_in(model, torch.bfloat16).to(device)
+        if how == "checkpointing":
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        modeling = sys.modules[type(model.get_base_model()).__module__]
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+        fused.fuse(model)
+        join(model)
+        if how == "compiled":
+            compile_layers(model, dynamic=False)
+        return model
+
+    model = Recorded(arch, prepare)
+    model.tolerance = 0.02  # attention's backward sums in no fixed order
+    for _ in range(3):
+        model.check(PACKS)
+    assert model.said == [] and model.passes is not None
+    odd = batcher(rows(), packing=True)([0, 2])
+    model.check([PACKS[0], odd, PACKS[1]])
 
 
 def test_chunks_of_a_real_vocabulary_have_the_loss_and_gradient_of_all_logits(device):
