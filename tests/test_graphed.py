@@ -68,7 +68,8 @@ def test_losses_and_gradients_are_those_of_the_model(arch, replays):
     model = Recorded(arch)
     for _ in range(2):  # gradients begin anew with each step
         model.check(PACKS)
-    assert len(replays) == 2 * len(PACKS) and len(set(replays)) == 1
+    assert len(replays) == 2 * len(PACKS)
+    assert len(set(replays)) == 1
     assert model.said == []
 
 
@@ -83,7 +84,8 @@ def test_a_pack_of_another_shape_in_a_step_goes_through_the_model_itself(replays
     model = Recorded()
     odd = batcher(rows(), packing=True)([0, 2])
     model.check([PACKS[0], odd, PACKS[1]])
-    assert len(replays) == 2 and len(set(replays)) == 2  # recorded anew behind it
+    assert len(replays) == 2
+    assert len(set(replays)) == 2
     for _ in range(graphed.MOST_RECORDINGS):
         model.check([odd, PACKS[0]])
     assert len(set(replays)) == graphed.MOST_RECORDINGS  # not for ever
@@ -153,7 +155,9 @@ def test_what_cannot_be_recorded_trains_as_before_and_a_line_says_so(odd, why, r
         model.step(PACKS[1:2], model.head)
     assert model.said == [f"the passes of packs are not recorded as CUDA graphs: {why}"]
     losses, gradients = model.step(PACKS[1:2], model.head)
-    assert replays == [] and losses == wanted[0] and all(map(torch.equal, gradients, wanted[1]))
+    assert replays == []
+    assert losses == wanted[0]
+    assert all(map(torch.equal, gradients, wanted[1]))
 
 
 def test_a_pack_between_another_and_its_backward_pass_is_refused():

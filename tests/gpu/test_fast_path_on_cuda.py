@@ -16,8 +16,8 @@ from opensloth.engine.head import Head
 from opensloth.engine.joint import join
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
-from test_graphed import PACKS, Recorded
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
+from test_graphed import PACKS, Recorded
 from test_policy import batch as completions
 from tiny import tiny_model, tiny_tokenizer
 
@@ -129,7 +129,8 @@ def test_recorded_passes_are_those_of_the_model(arch, how, monkeypatch, device):
     model.tolerance = 0.02  # attention's backward sums in no fixed order
     for _ in range(3):
         model.check(PACKS)
-    assert model.said == [] and model.passes is not None
+    assert model.said == []
+    assert model.passes is not None
     odd = batcher(rows(), packing=True)([0, 2])
     model.check([PACKS[0], odd, PACKS[1]])
 
