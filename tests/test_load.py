@@ -121,3 +121,30 @@ def test_a_process_that_is_alone_has_nothing_to_synchronize():
     sync.watch(torch.nn.Linear(2, 2))
     sync.backward_done()
     assert sync.read() == SyncSeconds()
+
+
+def mean_of_two(rank, place):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,))]
+    for number, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, float(10 * number + rank))
+    sync = GradientSync(torch.device("cpu"))
+    sync.mean(weights)
+    assert [weight.grad.unique().tolist() for weight in weights] == [[0.5], [10.5]]
+    found = sync.read()
+    assert found.steps == 1
+    assert found.total == found.exposed > 0
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_that_ddp_does_not_see_become_their_mean_over_processes(tmp_path):
+    torch.multiprocessing.spawn(mean_of_two, (tmp_path / "store",), nprocs=2)
+
+
+def test_a_process_that_is_alone_keeps_its_gradients():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    sync = GradientSync(torch.device("cpu"))
+    sync.mean([weight])
+    assert weight.grad.tolist() == [1.0, 1.0]
+    assert sync.read() == SyncSeconds()

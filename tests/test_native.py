@@ -199,6 +199,31 @@ def test_long_runs_on_a_card_are_compiled_by_themselves():
         assert (chosen.value, bool(chosen.why)) == (expected, True)
 
 
+def test_passes_are_recorded_on_a_card_where_the_host_does_the_same_for_each_pack():
+    card = torch.device("cuda", 0)
+    for options, device, recordable, filled, expected in (
+        ({}, card, True, 0.99, "on"),
+        ({"load_in_4bit": True}, card, True, 0.99, "on"),
+        ({"cuda_graphs": "off"}, card, True, 0.99, "off"),
+        ({}, torch.device("cpu"), True, 0.99, "off"),
+        ({"batch_size": 4}, card, True, 0.99, "off"),
+        ({"full_finetuning": True}, card, True, 0.99, "off"),
+        ({"load_in_8bit": True}, card, True, 0.99, "off"),
+        ({}, card, False, 0.99, "off"),
+        ({}, card, True, 0.8, "off"),
+    ):
+        chosen = choose.graphs(SftJob(data=Path("data"), **options), device, recordable, filled)
+        assert (chosen.value, bool(chosen.why)) == (expected, True), options
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, True), (0.1, False)])
+def test_a_model_that_draws_random_numbers_is_not_recorded(model, dropout, expected, monkeypatch):
+    engine = load(resolve_model(str(model)), lora_dropout=dropout)
+    assert not engine.recordable  # on a CPU the host reads where rows end
+    monkeypatch.setattr(attention, "has_kernel", lambda q: True)
+    assert engine.recordable is expected
+
+
 @pytest.mark.parametrize("step", [1_000, 33_000, 66_500, 130_000])
 def test_a_step_is_a_whole_number_of_packs_where_memory_is_no_matter(step):
     tokens = memory.most_tokens(step)
