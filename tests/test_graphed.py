@@ -1,15 +1,22 @@
 """Passes that are recorded compute what the model computes, pack by pack. Here a recording is the work done again; what
 graphs add to that only a card can show (tests/gpu/test_fast_path_on_cuda.py)."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from opensloth.engine import attention, graphed, head
+from opensloth.engine import attention, choose, graphed, head
 from opensloth.engine.graphed import Graphed, Passes
 from opensloth.engine.loss import pack_inputs, pack_loss
+from opensloth.engine.model import draws
 from opensloth.training.sft.loader import Shape
 from test_attention import ARCHITECTURES, batcher, build, rows
 from test_lora_layer import away_from_zero
+from tiny import save_tiny_model
+from training_fixtures import call, write_rows  # noqa: F401
 
 SHAPE = Shape(tokens=80, rows=6, longest=40)
 PACKS = ([0, 1], [2, 3, 4], [1, 4], [])
@@ -58,8 +65,8 @@ class Recorded:
 
 @pytest.fixture
 def replays(monkeypatch):
-    done, call = [], Passes.__call__
-    monkeypatch.setattr(Passes, "__call__", lambda self, inputs: done.append(self) or call(self, inputs))
+    done, replay = [], Passes.__call__
+    monkeypatch.setattr(Passes, "__call__", lambda self, inputs: done.append(self) or replay(self, inputs))
     return done
 
 
@@ -132,7 +139,7 @@ def frozen_rows(monkeypatch):
             ends = recording[0][0]
         return attend(q, k, v, ends, *rest)
 
-    monkeypatch.setattr(graphed, "again", at_once)
+    monkeypatch.setattr(graphed, "by_itself", at_once)
     monkeypatch.setattr(attention, "row_by_row", remembers)
 
 
@@ -140,7 +147,7 @@ def cannot(monkeypatch):
     def fails(work):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr(graphed, "again", fails)
+    monkeypatch.setattr(graphed, "by_itself", fails)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +177,71 @@ def test_a_pack_between_another_and_its_backward_pass_is_refused():
         first.backward()
 
 
+def test_a_recording_is_tried_on_a_pack_that_tells_something(replays):
+    model = Recorded()
+    model.check([[], [], PACKS[0], []])
+    assert len(replays) == 2
+
+
+def test_what_breaks_off_is_told_by_its_first_cause():
+    def breaks():
+        try:
+            raise NotImplementedError
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as raised:
+        breaks()
+    assert graphed.cause(raised.value) == "NotImplementedError"
+    assert graphed.cause(ValueError("one line\nand more")) == "one line"
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "expected"),
+    [
+        ("llama", {}, False),
+        ("llama", {"attention_dropout": 0.1}, True),
+        ("phi", {"resid_pdrop": 0.1}, True),
+        ("opt", {"dropout": 0.1, "ffn_dim": 48, "word_embed_proj_dim": 32}, True),
+    ],
+)
+def test_models_that_draw_random_numbers_are_known(arch, changes, expected):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(arch, vocab_size=64, **size, **changes)
+    assert draws(AutoModelForCausalLM.from_config(config)) is expected
+
+
+JOB = ("rows.jsonl", "--model", "model", "--tokens-per-step", 200, "--pack-tokens", 120, "--processes", 1, "--lr", 1e-3)
+JOB += ("--eval-fraction", 0.2, "--eval-steps", 3, "--max-steps", 8, "--save-steps", 4, "--max-grad-norm", 0.5)
+
+
+def test_a_run_is_the_same_with_recorded_passes(tmp_path, call, replays, monkeypatch):  # noqa: F811
+    """Clipped, evaluated in between, and once more from its middle."""
+    save_tiny_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+
+    def logged(output, *more):
+        code, out = call(*JOB, "--dtype", "float32", "--output", output, *more)
+        assert code == 0, out
+        lines = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        names = ("step", "loss", "eval_loss", "grad_norm")
+        return [{name: line[name] for name in names if name in line} for line in lines]
+
+    plain = logged("plain")
+    assert replays == []
+    monkeypatch.setattr(choose, "graphs", lambda *_: choose.Choice("on", "the test says so"))
+    found = logged("recorded")
+    assert len(found) == len(plain)
+    for line, wanted in zip(found, plain, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4)
+    assert len(replays) > 8
+    half = logged("half", "--max-steps", 8)
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "checkpoint-8")
+    (tmp_path / "half" / "result.json").unlink()
+    assert logged("half")[-len(half) :] == half
+
+
 def test_a_model_with_dropout_draws():
-    assert not graphed.draws(torch.nn.Sequential(torch.nn.Dropout(0.0)))
-    assert graphed.draws(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+    assert not draws(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+    assert draws(torch.nn.Sequential(torch.nn.Dropout(0.1)))

@@ -212,7 +212,7 @@ def test_passes_are_recorded_on_a_card_where_the_host_does_the_same_for_each_pac
         ({}, card, False, 0.99, "off"),
         ({}, card, True, 0.8, "off"),
     ):
-        chosen = choose.graphs(SftJob(data=Path("data"), **options), device, recordable, filled)
+        chosen = choose.graphs(SftJob(data=Path("data"), **options), device, recordable, lambda share=filled: share)
         assert (chosen.value, bool(chosen.why)) == (expected, True), options
 
 

@@ -135,6 +135,24 @@ def test_recorded_passes_are_those_of_the_model(arch, how, monkeypatch, device):
     model.check([PACKS[0], odd, PACKS[1]])
 
 
+def test_passes_that_wait_for_the_card_leave_it_as_it_was(device):
+    """What cannot be recorded breaks the recording off: the stream, memory and random numbers are as before."""
+    model = Recorded("llama", lambda model: frozen_in(model, torch.bfloat16).to(device))
+    model.tolerance = 0.02
+    layer = model.model.get_base_model().model.layers[1]
+    layer.register_forward_hook(lambda module, inputs, output: output * float(output.isfinite().any()))
+    model.check(PACKS)
+    assert len(model.said) == 1
+    assert model.passes is None
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device=device).isfinite().all()
+    held = torch.empty(2**28, dtype=torch.uint8, device=device)
+    before = torch.cuda.memory_reserved()
+    del held
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - 2**28
+
+
 def test_chunks_of_a_real_vocabulary_have_the_loss_and_gradient_of_all_logits(device):
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 151_936, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)

@@ -5,8 +5,9 @@ of a few thousand tokens, which is what fits small cards, that takes longer than
 once, a whole pass is one launch (torch.cuda.CUDAGraph; the pattern is that of torch.cuda.make_graphed_callables).
 
 The recordings read a pack from fixed buffers, and add the gradients of what trains to fixed ones. The loss, whose size
-depends on how many tokens of a pack are trained, stays outside. Before they are used they are tried on a real pack: a
-model whose passes cannot be recorded, or come out different, trains as before, and a line says so.
+depends on how many tokens of a pack are trained, stays outside. They are recorded with other rows than those of the
+pack that they are tried on: where passes cannot be recorded, or come out different, the model itself computes, and a
+line says so.
 """
 
 import gc
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
-Run = Callable[..., torch.Tensor]
-"""A forward of named inputs: hidden states, (1, tokens, hidden size)."""
+from opensloth.engine.tape import Tape
+
+Forward = Callable[..., torch.Tensor]
+"""Of named inputs of a pack: hidden states, (1, tokens, hidden size)."""
 
 Record = Callable[[Callable[[], None]], Callable[[], object]]
 """Records what a function does on fixed buffers; what it returns does that again."""
@@ -25,71 +28,82 @@ Record = Callable[[Callable[[], None]], Callable[[], object]]
 # becomes another rounding in every layer below. Passes that read another pack's rows are as far apart as the gradients
 # are long.
 TOLERANCE = 0.25
+NOISE = 1e-3  # of the longest gradient: shorter ones may be rounding and nothing else
 MOST_RECORDINGS = 3  # packs of another shape in between cost a recording each
 
 
-def again(work: Callable[[], None]) -> Callable[[], object]:
-    """A recording where there are no graphs: the work itself, each time."""
+def by_itself(work: Callable[[], None]) -> Callable[[], object]:
+    """A recording where there are no graphs: the work, each time."""
     return work
 
 
-class Tape:
-    """CUDA graphs that share one pool of memory: they are replayed in the order in which they were recorded."""
+class Sums:
+    """The gradients of a step, where the recordings add theirs: one buffer, of which each parameter has a part.
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    Args:
+        trained: the parameters that take a gradient.
+    """
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads (NCCL's watchdog) may ask the card for things meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+    def __init__(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        self.trained = list(trained)
+        self.sizes = [parameter.numel() for parameter in trained]
+        self.flat = torch.zeros(sum(self.sizes), dtype=trained[0].dtype, device=trained[0].device)
+        self.parts = self.divided(self.flat)
+        self.addresses = [parameter.data_ptr() for parameter in trained]
+
+    def divided(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = zip(torch.split(flat, self.sizes), self.trained, strict=True)
+        return [part.view_as(parameter) for part, parameter in parts]
+
+    def take_over(self) -> None:
+        """Bring the gradients of the step, as far as there are any, into the buffer."""
+        if self.trained[0].grad is self.parts[0]:
+            return
+        self.flat.zero_()
+        for parameter, part in zip(self.trained, self.parts, strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad)
+            parameter.grad = part
+
+    @property
+    def holds(self) -> bool:
+        """Whether what trains still lies where it lay: the recordings read it there."""
+        return all(
+            parameter.data_ptr() == address for parameter, address in zip(self.trained, self.addresses, strict=True)
+        )
 
 
 class Passes:
     """The two recordings, and the buffers that they read and write.
 
     Args:
-        run: the forward, of a model that trains.
-        trained: the parameters that take a gradient.
+        forward: of a model that trains.
+        sums: where gradients are added.
         inputs: of a pack; their tensors become the buffers.
-        hidden: what `run` makes of a pack of this shape; any values.
+        hidden: the hidden states of any pack of the shape.
     """
 
     def __init__(
-        self,
-        run: Run,
-        trained: Sequence[torch.nn.Parameter],
-        inputs: Mapping[str, Any],
-        hidden: torch.Tensor,
-        record: Record,
+        self, forward: Forward, sums: Sums, inputs: Mapping[str, Any], hidden: torch.Tensor, record: Record
     ) -> None:
-        self.run, self.trained = run, list(trained)
-        self.inputs = {
-            name: x.to(hidden.device, copy=True) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()
-        }
+        self.model, self.sums = forward, sums
+        self.inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         self.hidden, self.slopes = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        sizes = [parameter.numel() for parameter in self.trained]
-        self.flat = torch.zeros(sum(sizes), dtype=self.trained[0].dtype, device=hidden.device)
-        parts = zip(torch.split(self.flat, sizes), self.trained, strict=True)
-        self.gradients = [part.view_as(parameter) for part, parameter in parts]
-        self.places = [parameter.data_ptr() for parameter in self.trained]
         self.made: torch.Tensor | None = None  # by the forward, for the backward that follows it
-        self.turn = 0
+        self.count = 0  # of packs
         self.forward = record(self.run_forward)
         self.backward = record(self.run_backward)
 
     def run_forward(self) -> None:
         with torch.enable_grad():  # in the forward of a function there is none
-            self.made = self.run(**self.inputs)
+            self.made = self.model(**self.inputs)
         self.hidden.copy_(self.made.detach())
 
     def run_backward(self) -> None:
         made, self.made = self.made, None
         assert made is not None, "a backward pass follows each forward pass"
-        found = torch.autograd.grad(made, self.trained, self.slopes)
-        torch._foreach_add_(self.gradients, found)
+        found = torch.autograd.grad(made, self.sums.trained, self.slopes)
+        torch._foreach_add_(self.sums.parts, found)
 
     def load(self, inputs: Mapping[str, Any]) -> None:
         for name, buffer in self.inputs.items():
@@ -103,28 +117,17 @@ class Passes:
         hidden: torch.Tensor = Replay.apply(anchor, self)  # type: ignore[no-untyped-call]
         return hidden
 
-    def once(self, inputs: Mapping[str, Any], slopes: torch.Tensor) -> None:
-        """One pack through the recordings, with these gradients of its hidden states: ours are of it alone."""
+    def trial(self, inputs: Mapping[str, Any], slopes: torch.Tensor) -> list[torch.Tensor]:
+        """The hidden states of a pack, and the gradients that these slopes of theirs give; those of the step stay."""
+        kept = self.sums.flat.clone()
         self.load(inputs)
         self.forward()
         self.slopes.copy_(slopes)
-        self.flat.zero_()
+        self.sums.flat.zero_()
         self.backward()
-
-    def receive(self) -> None:
-        """Let the gradients of the step, so far, be in our buffers."""
-        if self.trained[0].grad is self.gradients[0]:
-            return
-        self.flat.zero_()
-        for parameter, gradient in zip(self.trained, self.gradients, strict=True):
-            if parameter.grad is not None:
-                gradient.copy_(parameter.grad)
-            parameter.grad = gradient
-
-    @property
-    def holds(self) -> bool:
-        """Whether what trains still lies where the recordings read it."""
-        return all(parameter.data_ptr() == place for parameter, place in zip(self.trained, self.places, strict=True))
+        found = self.sums.flat.clone()
+        self.sums.flat.copy_(kept)
+        return [self.hidden, *self.sums.divided(found)]
 
 
 class Replay(torch.autograd.Function):
@@ -132,17 +135,17 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, passes: Passes) -> torch.Tensor:
-        passes.turn += 1
-        ctx.passes, ctx.turn = passes, passes.turn
+        passes.count += 1
+        ctx.passes, ctx.number = passes, passes.count
         passes.forward()
         return passes.hidden.detach()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, None]:
         passes: Passes = ctx.passes
-        assert ctx.turn == passes.turn, "another pack went through the model before this one's backward pass"
+        assert ctx.number == passes.count, "another pack went through the model before this one's backward pass"
         passes.slopes.copy_(upstream[0])
-        passes.receive()
+        passes.sums.take_over()
         passes.backward()
         return None, None
 
@@ -156,78 +159,113 @@ class Graphed:
     """Recordings of the passes of a model, made when the first pack of the shape comes.
 
     Args:
-        blank: inputs of a pack of the shape, other than all that will come: what is recorded must not depend on a pack.
-        say: is told once where the passes cannot be recorded, and why.
+        trained: the parameters that take a gradient.
+        example: inputs of any pack of the shape.
+        say: is told once where the passes are not recorded, or no more, and why.
     """
 
-    def __init__(self, trained: Sequence[torch.nn.Parameter], blank: Mapping[str, Any], say: Callable[[str], object]):
-        self.trained, self.blank, self.say = list(trained), blank, say
-        self.shape = shape_of(blank)
+    def __init__(self, trained: Sequence[torch.nn.Parameter], example: Mapping[str, Any], say: Callable[[str], object]):
+        self.trained, self.shape, self.say = list(trained), shape_of(example), say
         self.passes: Passes | None = None
-        self.left = MOST_RECORDINGS
+        self.recordings_left = MOST_RECORDINGS
 
-    def hidden(self, run: Run, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """As `run` of the inputs; where a gradient is wanted and the pack has the shape, by the recordings."""
+    def hidden(self, forward: Forward, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """As `forward` of the inputs; where a gradient is wanted and the pack has the shape, by the recordings."""
         if not torch.is_grad_enabled():
-            return run(**inputs)
+            return forward(**inputs)
         if shape_of(inputs) != self.shape:
             self.forget()  # there may be no memory for the activations of both
-            return run(**inputs)
-        if self.passes is not None and not self.passes.holds:
+            return forward(**inputs)
+        if self.passes is not None and not self.passes.sums.holds:
             self.forget()
-        if self.passes is None and self.left:
-            self.left -= 1
-            self.passes = self.recorded(run, inputs)
-        return run(**inputs) if self.passes is None else self.passes(inputs)
+        if self.passes is None and self.recordings_left and is_telling(inputs):
+            self.record(forward, inputs)
+        return forward(**inputs) if self.passes is None else self.passes(inputs)
 
     def forget(self) -> None:
+        """Give the memory of the recordings back; gradients of the step stay where they are."""
         if self.passes is None:
             return
-        for parameter in self.trained:
-            parameter.grad = None if parameter.grad is None else parameter.grad.clone()
         self.passes = None
         give_back()
+        if not self.recordings_left:
+            self.say("the passes of packs are no longer recorded as CUDA graphs: too many packs have another shape")
 
-    def recorded(self, run: Run, inputs: Mapping[str, Any]) -> Passes | None:
-        """Recordings that compute of this pack what the model computes; None, for good, where they do not."""
+    def record(self, forward: Forward, inputs: Mapping[str, Any]) -> None:
+        self.recordings_left -= 1
         try:
-            hidden = run(**inputs)
-            slopes = uneven(hidden)
-            wanted = torch.autograd.grad(hidden, self.trained, slopes)
-            hidden = hidden.detach().clone()
-            give_back()
-            passes = Passes(run, self.trained, self.blank, hidden, Tape() if hidden.is_cuda else again)
-            passes.once(inputs, slopes)
-            off = farthest([passes.hidden, *passes.gradients], [hidden, *wanted])
-            why = "" if off <= TOLERANCE else f"they compute something else, {off:.2g} off"
+            self.passes, why = recorded(forward, self.trained, inputs)
         except RuntimeError as error:  # of whatever cannot be recorded, or of memory that is not enough for it
-            why = str(error).strip().splitlines()[0]
-            draw_again()
-        if not why:
-            return passes
-        self.left = 0
-        self.say(f"the passes of packs are not recorded as CUDA graphs: {why}")
-        give_back()
-        return None
+            why = cause(error)
+        if why:
+            self.recordings_left = 0
+            self.say(f"the passes of packs are not recorded as CUDA graphs: {why}")
+            give_back()
+
+
+def recorded(
+    forward: Forward, trained: Sequence[torch.nn.Parameter], inputs: Mapping[str, Any]
+) -> tuple[Passes | None, str]:
+    """Recordings that compute of this pack what the model computes; or why there are none.
+
+    Raises:
+        RuntimeError: of what the model does there is something that cannot be recorded.
+    """
+    made = forward(**inputs)
+    slopes = uneven(made)
+    wanted = torch.autograd.grad(made, trained, slopes)
+    hidden = made.detach().clone()
+    del made
+    give_back()
+    record = Tape() if hidden.is_cuda else by_itself
+    passes = Passes(forward, Sums(trained), with_other_rows(inputs), hidden, record)
+    off = farthest(passes.trial(inputs, slopes), [hidden, *wanted])
+    return (passes, "") if off <= TOLERANCE else (None, f"they compute something else, {off:.2g} off")
+
+
+def is_telling(inputs: Mapping[str, Any]) -> bool:
+    """Whether a trial on this pack tells something: one token again and again is attended to alike by all."""
+    ids = inputs["input_ids"]
+    return bool((ids != ids[0, 0]).any())
+
+
+def with_other_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of the same shape: the tokens are others, and the boundaries between rows lie one token before."""
+
+    def other(name: str, value: Any) -> Any:
+        if name == "input_ids":
+            return value.roll(1, 1)
+        if name.startswith("cu_seq_lens"):
+            return torch.where(value < value[-1], (value - 1).clamp(min=0), value)
+        return value
+
+    return {name: other(name, value) for name, value in inputs.items()}
 
 
 def uneven(like: torch.Tensor) -> torch.Tensor:
-    """Numbers between -1 and 1 of which no two tokens have the same; random ones would change those of the run."""
+    """Numbers between -1 and 1, other ones for each token. Random ones would change those that the run draws."""
     return torch.arange(like.numel(), device=like.device, dtype=torch.float32).sin_().view_as(like).to(like.dtype)
 
 
 def farthest(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """The largest length of a difference, over the length of what is wanted."""
-    apart = torch._foreach_norm(torch._foreach_sub([x.float() for x in found], [x.float() for x in wanted]))
-    size = torch._foreach_norm([x.float() for x in wanted])
-    return float((torch.stack(list(apart)) / torch.stack(list(size)).clamp(min=1e-30)).max())
+    """The largest length of a difference, over the length of what is wanted. The first of each are hidden states, the
+    others gradients, of which one that is short beside the longest counts as long as NOISE makes it."""
+    apart = torch.stack([length(one - other) for one, other in zip(found, wanted, strict=True)])
+    long = torch.stack([length(one) for one in wanted])
+    long[1:] = long[1:].clamp(min=NOISE * float(long[1:].max()))
+    return float((apart / long).max())
 
 
-def draw_again() -> None:
-    """A recording that failed leaves the card's random numbers as if it went on, and the next that is drawn fails."""
-    if torch.cuda.is_available():
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
+def length(numbers: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.linalg.vector_norm(numbers, dtype=torch.float32)
+    return found
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what went wrong first: where a recording breaks off, what follows says only that it did."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def give_back() -> None:
@@ -235,8 +273,3 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def draws(model: torch.nn.Module) -> bool:
-    """Whether a model that trains draws random numbers."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())

@@ -1,15 +1,15 @@
 """What every engine gives the trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opensloth.engine import flash
 from opensloth.engine.compiled import compile_layers
-from opensloth.engine.graphed import Graphed, draws
+from opensloth.engine.graphed import Graphed
 from opensloth.engine.head import Head
 from opensloth.engine.lora import trainable
 from opensloth.engine.loss import pack_inputs
@@ -56,10 +56,10 @@ class Engine:
         config: Any = self.model.config
         return self.head is not None and not draws(self.model) and flash.serves(config, device, self.dtype)
 
-    def record(self, blank: Mapping[str, Any], say: Callable[[str], object]) -> None:
-        """Record the passes of packs of one shape, `blank`'s, where they come (engine/graphed.py)."""
+    def record(self, example: Mapping[str, Any], say: Callable[[str], object]) -> None:
+        """Record the passes of packs of the shape of an example (engine/graphed.py)."""
         assert self.head is not None, "what is recorded ends before the head"
-        self.head.graphed = Graphed(list(trainable(self.model).values()), pack_inputs(blank), say)
+        self.head.graphed = Graphed(list(trainable(self.model).values()), pack_inputs(example), say)
 
     @property
     def packs_natively(self) -> bool:
@@ -71,3 +71,18 @@ class Engine:
         """Any id will do: padding is masked by position, and its labels are ignored."""
         pad = self.tokenizer.pad_token_id
         return int(pad) if isinstance(pad, int) else 0
+
+
+def draws(model: torch.nn.Module) -> bool:
+    """Whether a model may draw random numbers while it trains: by its modules, and by the names in its config."""
+    config: PretrainedConfig | None = getattr(model, "config", None)
+    return any(
+        isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p for module in model.modules()
+    ) or any(value for name, value in named(config) if "drop" in name or "jitter" in name)
+
+
+def named(config: PretrainedConfig | None) -> Iterator[tuple[str, float]]:
+    """The numbers of a config, by their names."""
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if isinstance(value, int | float):
+            yield name, float(value)

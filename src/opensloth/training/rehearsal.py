@@ -17,7 +17,7 @@ from opensloth.engine.lora import trainable
 from opensloth.engine.memory import MemoryPlan
 from opensloth.errors import WorkerFailed
 from opensloth.training.everyone import of_all
-from opensloth.training.trl_args import checkpointing
+from opensloth.training.trl_args import CHECKPOINTING
 
 MOMENTS = 8  # bytes for each parameter that trains: two of fp32
 
@@ -39,8 +39,8 @@ def rehearse(
     if device.type != "cuda":
         return plan.pack_tokens
     model: Any = engine.model
-    if recomputed := checkpointing(plan.checkpointing, model):  # the trainer does so too, later
-        model.gradient_checkpointing_enable(recomputed)
+    if plan.checkpointing != "none":  # the trainer does so too, later
+        model.gradient_checkpointing_enable(CHECKPOINTING[plan.checkpointing])
     model.train()
     kept += MOMENTS * sum(parameter.numel() for parameter in trainable(model).values())
 

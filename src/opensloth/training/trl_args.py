@@ -9,7 +9,6 @@ import torch
 
 from opensloth.config.run import GrpoOptions, TrainOptions
 from opensloth.engine import Engine
-from opensloth.engine.graphed import draws
 from opensloth.errors import UserError
 
 OPTIMIZERS = {"auto": "adamw_torch", "adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "sgd": "sgd"}
@@ -21,12 +20,6 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpointing(mode: str, model: torch.nn.Module) -> dict[str, Any] | None:
-    """What transformers is told of a mode. The state of the random numbers is kept for models that draw some alone:
-    to read it takes the host longer than to launch a layer, and no CUDA graph can."""
-    return CHECKPOINTING[mode] | {"preserve_rng_state": draws(model)} if mode in CHECKPOINTING else None
-
-
 @dataclass(frozen=True)
 class Frame:
     """What TRL needs to know that is no option of the job.
@@ -36,6 +29,7 @@ class Frame:
         engine: says which type to compute in. Frozen weights are stored in it already, so that autocast (slow on a CPU)
             is only for engines that ask for it; float16 always needs the trainer's loss scaler.
         evaluates: whether there are held-out rows.
+        recorded: whether passes are (engine/graphed.py), which is for models that draw no random numbers.
     """
 
     run_dir: Path
@@ -47,6 +41,7 @@ class Frame:
     evaluates: bool
     backend: str
     processes: int
+    recorded: bool = False
 
 
 def sft_args(options: TrainOptions, frame: Frame) -> dict[str, Any]:
@@ -96,6 +91,13 @@ def scale_rewards(options: GrpoOptions) -> str:
     return "none" if options.loss == "dr_grpo" else "group"
 
 
+def recomputed(frame: Frame) -> dict[str, Any] | None:
+    """What transformers is told of the layers that it computes again. To read the state of the random numbers, which is
+    the default, takes the host longer than to launch a layer, and no CUDA graph can."""
+    told = CHECKPOINTING.get(frame.checkpointing)
+    return told | {"preserve_rng_state": False} if told and frame.recorded else told
+
+
 def shared(options: TrainOptions, frame: Frame) -> dict[str, Any]:
     """What both have. One batch of the loader is a whole optimizer step, so nothing accumulates.
 
@@ -117,7 +119,7 @@ def shared(options: TrainOptions, frame: Frame) -> dict[str, Any]:
         "bf16": frame.engine.autocast and frame.engine.dtype is torch.bfloat16,
         "fp16": frame.engine.dtype is torch.float16,
         "gradient_checkpointing": frame.checkpointing != "none",
-        "gradient_checkpointing_kwargs": checkpointing(frame.checkpointing, frame.engine.model),
+        "gradient_checkpointing_kwargs": recomputed(frame),
         "logging_steps": options.logging_steps,
         "logging_first_step": True,
         # the filter hides NaN and makes the host wait for the card at every micro-batch

@@ -168,7 +168,7 @@ class Steps(Dataset[Step]):
         return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
     def filled(self, shape: Shape) -> float:
-        """The share of real tokens where all packs have a shape, in the first steps."""
+        """The share of real tokens where all packs have a shape: in the first steps, as they come to be trained."""
         steps = [self.plan.micro_batches(n, self.pack_tokens, self.processes) for n in range(min(len(self), LOOKED_AT))]
         packs = [rows for step in steps for process in step for rows in process]
         real = sum(int(self.plan.lengths[rows].sum()) for rows in packs)

@@ -50,33 +50,28 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = largest_pack(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    if engine.packs_natively:
-        run = with_one_shape(run, engine, job, longest, place)
+    run = with_one_shape(run, engine, job, longest, place)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
 
 
 def with_one_shape(run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, place: Place) -> pack_trainer.Run:
     """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
-    shape = run.steps.shape(longest)
-    compiling = choose.compilation(job, place.device, True, sum(run.steps.plan.step_tokens))
+    steps, packs = run.steps, engine.packs_natively
+    compiling = choose.compilation(job, place.device, packs, sum(steps.plan.step_tokens))
     recordable = all(of_all(engine.recordable))
-    graphs = choose.graphs(job, place.device, recordable, run.steps.filled(shape))
-    say = log.say if place.leads else unheard
-    say(f"compiled layers: {compiling.value}, {compiling.why}")
-    say(f"CUDA graphs: {graphs.value}, {graphs.why}")
+    graphs = choose.graphs(job, place.device, packs and recordable, lambda: steps.filled(steps.shape(longest)))
+    if place.leads:
+        log.say(f"compiled layers: {compiling.value}, {compiling.why}")
+        log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if "on" in (compiling.value, graphs.value):
-        run.batcher.shape = shape
+        run.batcher.shape = steps.shape(longest)
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
-        engine.record(run.batcher([]), say)
-        return replace(run, recorded=True)
-    return run
-
-
-def unheard(_: str) -> None:
-    """What the first process says already."""
+        process = "" if place.leads else f"process {place.rank}: "
+        engine.record(run.batcher([]), lambda line: log.say(process + line))
+    return replace(run, recorded=graphs.value == "on")
 
 
 def largest_pack(prepared: Prepared, batcher: Batcher, engine: Engine, device: torch.device) -> Attempt:
@@ -129,6 +124,7 @@ def build_trainer(
         evaluates=evaluates,
         backend=place.backend,
         processes=place.processes,
+        recorded=run.recorded,
     )
     rows = Dataset.from_file(str(prepared.rows.path))
     trainer = pack_trainer.trainer_class()(
