@@ -94,6 +94,7 @@ SETTINGS = {
     "not compiled": "off",
 }  # of ours; the first is what `--compile auto` chooses for a long run
 ABLATIONS: dict[str, tuple[str, ...]] = {  # of what is not compiled, which needs no minute each to begin
+    "no CUDA graphs": ("--cuda-graphs", "off"),
     "checkpointing none": ("--gradient-checkpointing", "none"),
     "checkpointing selective": ("--gradient-checkpointing", "selective"),
     "checkpointing full": ("--gradient-checkpointing", "full"),
@@ -103,7 +104,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # of what is not compiled, which need
     "optim adamw_8bit": ("--optim", "adamw_8bit"),
     NO_PACKING: ("--pack-tokens", "8192"),
 }
-ABLATED = ("0.6b", "4b")
+ABLATED = ("0.6b", "4b", "4b-24gib")
 
 
 def main() -> None:
