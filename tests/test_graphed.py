@@ -183,6 +183,19 @@ def test_a_recording_is_tried_on_a_pack_that_tells_something(replays):
     assert len(replays) == 2
 
 
+def test_padding_that_is_embedded_as_zeros_does_not_spoil_the_trial(replays):
+    """Every norm of a deep model makes the gradient of such a token hundreds of times larger: it would be infinite."""
+
+    def zeros(model):
+        model.get_base_model().get_input_embeddings().weight.data[0] = 0.0  # the id that fills packs up
+        return model
+
+    model = Recorded("qwen3", zeros, num_hidden_layers=14)
+    model.check(PACKS)
+    assert model.said == []
+    assert len(replays) == len(PACKS)
+
+
 def test_what_breaks_off_is_told_by_its_first_cause():
     def breaks():
         try:

@@ -212,7 +212,7 @@ def recorded(
         RuntimeError: of what the model does there is something that cannot be recorded.
     """
     made = forward(**inputs)
-    slopes = uneven(made)
+    slopes = uneven(made, inputs["input_ids"])
     wanted = torch.autograd.grad(made, trained, slopes)
     hidden = made.detach().clone()
     del made
@@ -242,9 +242,14 @@ def with_other_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: other(name, value) for name, value in inputs.items()}
 
 
-def uneven(like: torch.Tensor) -> torch.Tensor:
-    """Numbers between -1 and 1, other ones for each token. Random ones would change those that the run draws."""
-    return torch.arange(like.numel(), device=like.device, dtype=torch.float32).sin_().view_as(like).to(like.dtype)
+def uneven(like: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Numbers between -1 and 1, other ones for each token, but 0 for what fills a pack up, and for each token of its
+    kind: in a model whose padding is embedded as zeros, every norm makes the gradient of it a thousand times larger.
+
+    Random numbers would change those that the run draws.
+    """
+    numbers = torch.arange(like.numel(), device=like.device, dtype=torch.float32).sin_().view_as(like)
+    return (numbers * (ids != ids[0, -1])[..., None]).to(like.dtype)
 
 
 def farthest(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
