@@ -124,6 +124,27 @@ def check_rounding(model):
         assert off(gradient, wanted) < max(BFLOAT16, 2 * off(peft_gradients[name], wanted)), name
 
 
+@pytest.mark.parametrize("bias", [0.0, 10.0])
+def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost_in_sixteen_bits(bias):
+    """A share that is far smaller than the last digit of what the base gives moves a rounding now and then: on average
+    by as much as it is. Added to what was rounded already it would vanish until the adapter has grown."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 512, bias=bool(bias)).requires_grad_(False).bfloat16()
+    if bias:
+        base.bias.data.normal_(0, bias)
+    layer = LoraLinear(base, "default", LoraConfig(r=8, lora_alpha=16), r=8, lora_alpha=16, lora_dropout=0.0)
+    layer.lora_A.float()
+    layer.lora_B.float()["default"].weight.data.normal_(0, 1e-4)
+    x = torch.randn(4096, 256).bfloat16()
+    a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        share = 2.0 * x.float() @ a.T @ b.T
+        with_it, without = layer(x).float(), base(x).float()
+    assert share.abs().max() < 2**-9 * without.abs().max()
+    kept = float(((with_it - without) * share).sum() / share.square().sum())
+    assert kept == pytest.approx(1.0, abs=0.1)
+
+
 def test_activations_are_never_cast_to_fp32():
     model = in_sixteen_bits(ours())
     saved = []

@@ -1,10 +1,13 @@
 """LoRA's linear layers without passes of their own over the activations: y = x W' + (x A') (s B)' in matmuls alone.
 
 PEFT adds and scales the adapter's share in passes over all activations, and casts them to fp32 where the adapter is
-kept so. Here the share is added by the matmul that makes it, in the base's type, with a copy of A and B in that type;
-weights, gradients and optimizer state of the adapter stay fp32. Layers that read the same input (queries, keys and
-values) go through it together: it is read once for all of their A, and their gradients of it are added by matmuls. The
-layer is PEFT's in every other respect: what it saves, merges and disables.
+kept so. Here the share is written first, and the base's matmul adds to it before it rounds, with copies of A and B in
+the base's type; weights, gradients and optimizer state of the adapter stay fp32. The other way round, which is PEFT's,
+a share below the last digit of what the base gives is rounded away, and that of a young adapter is.
+
+Layers that read the same input (queries, keys and values) go through it together: it is read once for all of their A,
+and their gradients of it are added by matmuls. The layer is PEFT's in every other respect: what it saves, merges and
+disables.
 """
 
 from collections.abc import Callable, Sequence
@@ -213,7 +216,7 @@ class Adapted(torch.autograd.Function):
         layers = layers_of(tensors, scalings, states, rows.dtype)
         low = rows @ down_of(layers).T
         outs = tuple(
-            products([rows, part], [layer.matrix.T, layer.up.T], layer.bias)
+            products([part, rows], [layer.up.T, layer.matrix.T], layer.bias)
             for layer, part in zip(layers, divided(low, layers), strict=True)
         )
         ctx.save_for_backward(rows, low, *kept(layers))
@@ -228,7 +231,7 @@ class Adapted(torch.autograd.Function):
         to_low = joined([out @ layer.up for out, layer in zip(outs, layers, strict=True)])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = products([*outs, to_low], chain((layer.matrix for layer in layers), [down_of(layers)]))
+            to_x = products([to_low, *outs], chain([down_of(layers)], (layer.matrix for layer in layers)))
             to_x = to_x.view(*upstream[0].shape[:-1], -1)
         to_downs = divided(in_float32(to_low.T, rows), layers, 0)
         return to_x, None, None, *of_layers(to_downs, outs, divided(low, layers), ctx.scalings)

@@ -65,7 +65,8 @@ def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def products(
     lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The sum of left right and the bias: what one matmul made, the next adds to as it writes.
+    """The sum of left right and the bias: what one matmul made, the next adds to before it rounds. What is small comes
+    first: it would be rounded away from what is large.
 
     The compiler makes everything functional, and would copy all activations before each sum: for it this is one
     operator that it does not look into. Elsewhere a generator's next matrix is made once the one before was used.
@@ -81,12 +82,9 @@ def products_in_place(
 ) -> torch.Tensor:
     out: torch.Tensor | None = None
     for left, right in zip(lefts, rights, strict=True):
-        if out is None:
-            out = left @ right if bias is None else torch.addmm(bias, left, right)
-        else:
-            out.addmm_(left, right)
+        out = left @ right if out is None else out.addmm_(left, right)
     assert out is not None, "a sum of nothing"
-    return out
+    return out if bias is None else out.add_(bias)
 
 
 products_as_one = torch.library.custom_op(

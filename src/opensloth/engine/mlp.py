@@ -79,10 +79,10 @@ class GatedMlp(torch.autograd.Function):
             g, u = (F.linear(rows, layer.matrix, layer.bias) for layer in pair)
         else:
             lows = zip(pair, divided(low, pair), strict=True)
-            g, u = (products([rows, part], [layer.matrix.T, layer.up.T], layer.bias) for layer, part in lows)
+            g, u = (products([part, rows], [layer.up.T, layer.matrix.T], layer.bias) for layer, part in lows)
         h = opened(g, u, shares, kind)
         last_low = h @ last.down.T
-        out = products([h, last_low], [last.matrix.T, last.up.T], last.bias)
+        out = products([last_low, h], [last.up.T, last.matrix.T], last.bias)
         ctx.save_for_backward(rows, g, u, low, last_low, *kept(layers))
         ctx.kind, ctx.scalings, ctx.states = kind, scalings, states
         return out.view(x.shape)
@@ -98,12 +98,12 @@ class GatedMlp(torch.autograd.Function):
         if shares:
             to_g, to_u, h = back_through(g, u, out @ last.matrix, [*shares, last_slopes, last.down], ctx.kind)
         else:
-            to_h = products([out, last_slopes], [last.matrix, last.down])
+            to_h = products([last_slopes, out], [last.down, last.matrix])
             to_g, to_u, h = back_through(g, u, to_h, [], ctx.kind)
         slopes = joined([to_g @ pair[0].up, to_u @ pair[1].up])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = products([to_g, to_u, slopes], chain((layer.matrix for layer in pair), [down_of(pair)]))
+            to_x = products([slopes, to_g, to_u], chain([down_of(pair)], (layer.matrix for layer in pair)))
             to_x = to_x.view(upstream[0].shape)
         to_downs = (*divided(in_float32(slopes.T, rows), pair, 0), in_float32(last_slopes.T, h))
         lows = (*divided(low, pair), last_low)
