@@ -5,7 +5,8 @@ usage: python benchmarks/loss_curve.py --work DIR [--model sample:smollm2] [--st
 The fast path is `os-sft` as it comes (packs, fused kernels, 16 bits where the machine has them) and with compiled
 layers; the slow one has padded rows, eager attention's kind (`--no-packing`), `--compile off` and `--dtype float32`.
 `peft` is the fast one with PEFT's own layers, which a dropout of next to nothing brings back. All go over the same rows
-in the same order from the same adapter. The runs stand side by side on the device, so their speeds say nothing. Prints a table and writes benchmarks/results/loss-curve-CARD.json.
+in the same order from the same adapter. The runs stand side by side on the device, so their speeds say nothing. Prints
+a table and writes benchmarks/results/loss-curve-CARD.json.
 """
 
 import argparse
