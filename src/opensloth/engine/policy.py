@@ -3,6 +3,7 @@
 Batches come as TRL makes them: prompts padded on the left, completions on the right, one `attention_mask` over both.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -192,14 +193,18 @@ def score_hidden(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`score` of the logits that `head` gives `hidden` (tokens, hidden size), of which a chunk is there at a time."""
+    operands = head.operands(hidden)
+    wants, *others = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands)
     found: tuple[torch.Tensor, torch.Tensor] = HeadScores.apply(  # type: ignore[no-untyped-call]
-        *head.operands(hidden), targets, temperature, head
+        *operands, targets, temperature, head, wants and not any(others)
     )
     return found
 
 
 class HeadScores(torch.autograd.Function):
-    """What is upstream of a log-probability is known in the backward alone, so each chunk's logits are made again."""
+    """What is upstream of a token's log-probability is one number, known in the backward alone. Where the head is
+    frozen the gradient of its hidden state is known but for this factor, and made with the logits (`ahead`); where it
+    trains each chunk's logits are made again."""
 
     @staticmethod
     def forward(
@@ -210,36 +215,44 @@ class HeadScores(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         head: Head,
+        ahead: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        score_chunk = scores_of
-        if by_kernel(hidden):
-            from opensloth.engine import softmax
-
-            score_chunk = softmax.scores_of
+        score_chunk, slopes_of_chunk = functions_for(hidden)
         logps = torch.empty(len(hidden), device=hidden.device)
-        entropy = torch.empty_like(logps)
+        entropy, ones = torch.empty_like(logps), torch.ones_like(logps)
+        gradients = Gradients(hidden, weight, bias, (ahead, False, False))
         for part in chunks(len(hidden), len(weight)):
             raw = F.linear(hidden[part], weight, bias)
             logps[part], entropy[part] = score_chunk(raw, targets[part], temperature, head.cap)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.head = temperature, head
+            if ahead:
+                gradients.add(part, slopes_of_chunk(raw, targets[part], ones[part], temperature, head.cap))
+        ctx.save_for_backward(*((gradients.hidden,) if ahead else (hidden, weight, bias, targets)))
+        ctx.temperature, ctx.head, ctx.ahead = temperature, head, ahead
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.ahead:
+            (by_one,) = ctx.saved_tensors
+            return (by_one.float() * upstream[0][:, None]).to(by_one.dtype), *(None,) * 6
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        slopes_of_chunk = slopes_of
-        if by_kernel(hidden):
-            from opensloth.engine import softmax
-
-            slopes_of_chunk = softmax.slopes_of
+        _, slopes_of_chunk = functions_for(hidden)
         for part in chunks(len(hidden), len(weight)):
             raw, wanted = F.linear(hidden[part], weight, bias), upstream[0][part]
             gradients.add(part, slopes_of_chunk(raw, targets[part], wanted, ctx.temperature, ctx.head.cap))
         found = (gradients.hidden, gradients.weight, gradients.bias)
-        return *(None if x is None else x.to(weight.dtype) for x in found), None, None, None
+        return *(None if x is None else x.to(weight.dtype) for x in found), *(None,) * 4
+
+
+def functions_for(hidden: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What scores a chunk of logits, and what makes their slopes: as `scores_of` and `slopes_of`."""
+    if not by_kernel(hidden):
+        return scores_of, slopes_of
+    from opensloth.engine import softmax
+
+    return softmax.scores_of, softmax.slopes_of
 
 
 def scores_of(
