@@ -312,10 +312,13 @@ def test_decoding_on_a_base_in_four_bits_is_left_to_its_own_kernel(tmp_path, mon
     model = native.load(job, resolve_model(str(path)), seed=1, device=torch.device("cpu"), packing=False).model
     away_from_zero(model).train()  # in evaluation its weights would be laid out anew for the CPU
     expected = model(input_ids=IDS).logits
-    made = []
-    monkeypatch.setattr(matmul, "dense", lambda *_: made.append(1))
-    with torch.no_grad():
-        assert torch.allclose(model(input_ids=IDS).logits, expected, atol=10 * SAME)
+    with torch.no_grad():  # evaluation and scores round as training does
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        before = model(input_ids=IDS[:, :-1], use_cache=True).past_key_values
+        made = []
+        monkeypatch.setattr(matmul, "dense", lambda *_: made.append(1))
+        last = model(input_ids=IDS[:, -1:], past_key_values=before).logits
+    assert torch.allclose(last, expected[:, -1:], atol=10 * SAME)
     assert not made
 
 

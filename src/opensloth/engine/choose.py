@@ -76,19 +76,12 @@ def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens
     return Choice("on", "it takes a minute, once, and is kept for the next run")
 
 
-def graphs(
-    options: TrainOptions,
-    device: torch.device,
-    recordable: bool,
-    filled: Callable[[], float] = lambda: 1.0,
-    room: Callable[[], bool] = lambda: True,
-) -> Choice:
+def graphs(options: TrainOptions, device: torch.device, recordable: bool, filled: Callable[[], float]) -> Choice:
     """Whether the passes of packs are recorded as CUDA graphs, "on" or "off" (engine/graphed.py).
 
     Args:
         recordable: whether the host does the same for every pack of a shape.
         filled: finds the share of real tokens in packs that are all filled up to one shape.
-        room: finds whether there is memory for what recordings keep.
     """
     if options.cuda_graphs == "off":
         return Choice("off", "as asked")
@@ -100,8 +93,6 @@ def graphs(
         return Choice("off", "they are for adapters, on a base in 16 or 4 bits")
     if not recordable:
         return Choice("off", "the host does not do the same for each pack with this model")
-    if not room():
-        return Choice("off", "there is no memory to keep activations beside all else")
     if (share := filled()) < WORTH_FILLING:
         return Choice("off", f"with packs of one size {1 - share:.0%} of all tokens would be padding")
     return Choice("on", "a pack is two launches for the host, not thousands")

@@ -1,4 +1,4 @@
-"""Packs through the model as two CUDA graphs: a forward up to the head, and a backward.
+"""Packs of one shape through the model as two CUDA graphs: a forward up to the head, and a backward.
 
 A layer with an adapter is about 130 kernels, each of which costs the host 10 to 40 microseconds to launch. With packs
 of a few thousand tokens, which is what fits small cards, that takes longer than the card takes for the work. Recorded
@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 
-from opensloth.engine.passes import Forward, Passes, Record, Sums
 from opensloth.engine.tape import Tape
+
+Forward = Callable[..., torch.Tensor]
+"""Of named inputs of a pack: hidden states, (1, tokens, hidden size)."""
+
+Record = Callable[[Callable[[], None]], Callable[[], object]]
+"""Records what a function does on fixed buffers; what it returns does that again."""
 
 # Of the length of each gradient. Attention's backward sums in no fixed order, and in 16 bits a last digit that differs
 # becomes another rounding in every layer below. Passes that read another pack's rows are as far apart as the gradients
 # are long.
 TOLERANCE = 0.25
 NOISE = 1e-3  # of the longest gradient: shorter ones may be rounding and nothing else
-MOST_RECORDINGS = 3  # where packs have one shape: one of another in between costs a recording
-MOST_SHAPES, MOST_RECORDINGS_OF_SHAPES = 8, 24  # at once and in all, where they have several
-MOST_REMEMBERED = 64  # shapes that came once
+MOST_RECORDINGS = 3  # packs of another shape in between cost a recording each
 
 
 def by_itself(work: Callable[[], None]) -> Callable[[], object]:
@@ -34,100 +37,183 @@ def by_itself(work: Callable[[], None]) -> Callable[[], object]:
     return work
 
 
-Shape = tuple[Any, ...]
+class Sums:
+    """The gradients of a step, where the recordings add theirs: one buffer, of which each parameter has a part.
+
+    Args:
+        trained: the parameters that take a gradient.
+    """
+
+    def __init__(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        self.trained = list(trained)
+        self.sizes = [parameter.numel() for parameter in trained]
+        self.flat = torch.zeros(sum(self.sizes), dtype=trained[0].dtype, device=trained[0].device)
+        self.parts = self.divided(self.flat)
+        self.addresses = [parameter.data_ptr() for parameter in trained]
+
+    def divided(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = zip(torch.split(flat, self.sizes), self.trained, strict=True)
+        return [part.view_as(parameter) for part, parameter in parts]
+
+    def take_over(self) -> None:
+        """Bring the gradients of the step, as far as there are any, into the buffer."""
+        if self.trained[0].grad is self.parts[0]:
+            return
+        self.flat.zero_()
+        for parameter, part in zip(self.trained, self.parts, strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad)
+            parameter.grad = part
+
+    @property
+    def holds(self) -> bool:
+        """Whether what trains still lies where it lay: the recordings read it there."""
+        return all(
+            parameter.data_ptr() == address for parameter, address in zip(self.trained, self.addresses, strict=True)
+        )
 
 
-def shape_of(inputs: Mapping[str, Any]) -> Shape:
+class Passes:
+    """The two recordings, and the buffers that they read and write.
+
+    Args:
+        forward: of a model that trains.
+        sums: where gradients are added.
+        inputs: of a pack; their tensors become the buffers.
+        hidden: the hidden states of any pack of the shape.
+    """
+
+    def __init__(
+        self, forward: Forward, sums: Sums, inputs: Mapping[str, Any], hidden: torch.Tensor, record: Record
+    ) -> None:
+        self.model, self.sums = forward, sums
+        self.inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        self.hidden, self.slopes = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        self.made: torch.Tensor | None = None  # by the forward, for the backward that follows it
+        self.count = 0  # of packs
+        self.forward = record(self.run_forward)
+        self.backward = record(self.run_backward)
+
+    def run_forward(self) -> None:
+        with torch.enable_grad():  # in the forward of a function there is none
+            self.made = self.model(**self.inputs)
+        self.hidden.copy_(self.made.detach())
+
+    def run_backward(self) -> None:
+        made, self.made = self.made, None
+        assert made is not None, "a backward pass follows each forward pass"
+        found = torch.autograd.grad(made, self.sums.trained, self.slopes)
+        torch._foreach_add_(self.sums.parts, found)
+
+    def load(self, inputs: Mapping[str, Any]) -> None:
+        for name, buffer in self.inputs.items():
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(inputs[name], non_blocking=True)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The hidden states of a pack. They are there until the next pack comes."""
+        self.load(inputs)
+        anchor = torch.zeros((), requires_grad=True)
+        hidden: torch.Tensor = Replay.apply(anchor, self)  # type: ignore[no-untyped-call]
+        return hidden
+
+    def trial(self, inputs: Mapping[str, Any], slopes: torch.Tensor) -> list[torch.Tensor]:
+        """The hidden states of a pack, and the gradients that these slopes of theirs give; those of the step stay."""
+        kept, found = self.sums.flat.clone(), torch.empty_like(self.sums.flat)
+        self.load(inputs)
+        self.forward()
+        self.slopes.copy_(slopes)
+        self.sums.flat.zero_()
+        try:
+            self.backward()
+            found.copy_(self.sums.flat)
+        finally:
+            self.sums.flat.copy_(kept)
+        return [self.hidden, *self.sums.divided(found)]
+
+
+class Replay(torch.autograd.Function):
+    """The recordings, as autograd sees them: parameters get their gradients beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, passes: Passes) -> torch.Tensor:
+        passes.count += 1
+        ctx.passes, ctx.number = passes, passes.count
+        passes.forward()
+        return passes.hidden.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, None]:
+        passes: Passes = ctx.passes
+        assert ctx.number == passes.count, "another pack went through the model before this one's backward pass"
+        passes.slopes.copy_(upstream[0])
+        passes.sums.take_over()
+        passes.backward()
+        return None, None
+
+
+def shape_of(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two packs must have in common to go through the same recordings."""
     return tuple((name, x.shape if isinstance(x, torch.Tensor) else x) for name, x in sorted(inputs.items()))
 
 
 class Graphed:
-    """Recordings of the passes of a model.
+    """Recordings of the passes of a model, made when the first pack of the shape comes.
 
     Args:
         trained: the parameters that take a gradient.
+        example: inputs of any pack of the shape.
         say: is told once where the passes are not recorded, or no more, and why.
-        example: inputs of any pack, where all packs have one shape: a recording is made when the first one comes, and
-            given up where one has another shape, since there may be no memory for the activations of both. Without it
-            each shape that comes again gets a recording, beside which others go through the model itself.
     """
 
-    def __init__(
-        self,
-        trained: Sequence[torch.nn.Parameter],
-        say: Callable[[str], object],
-        example: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.trained, self.say = list(trained), say
-        self.shape = None if example is None else shape_of(example)
-        self.most, self.left = (MOST_SHAPES, MOST_RECORDINGS_OF_SHAPES) if example is None else (1, MOST_RECORDINGS)
-        self.passes: dict[Shape, Passes] = {}  # the last one was used last
-        self.sums: Sums | None = None
-        self.record: Record | None = None
-        self.came: dict[Shape, None] = {}  # shapes without a recording, the last one came last
+    def __init__(self, trained: Sequence[torch.nn.Parameter], example: Mapping[str, Any], say: Callable[[str], object]):
+        self.trained, self.shape, self.say = list(trained), shape_of(example), say
+        self.passes: Passes | None = None
+        self.recordings_left = MOST_RECORDINGS
+        self.said = False
 
     def hidden(self, forward: Forward, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """As `forward` of the inputs; where a gradient is wanted, by a recording, if there is one of the shape."""
+        """As `forward` of the inputs; where a gradient is wanted and the pack has the shape, by the recordings."""
         if not torch.is_grad_enabled():
             return forward(**inputs)
-        shape = shape_of(inputs)
-        if self.sums is not None and not self.sums.holds:
-            self.keep(0)  # what trains lies elsewhere now
-            self.sums = None
-        if shape not in self.passes and self.is_due(shape) and is_telling(inputs):
-            self.make(shape, forward, inputs)
-        passes = self.passes.pop(shape, None)
-        if passes is None:
-            if self.shape not in (None, shape):
-                self.keep(0)
+        if shape_of(inputs) != self.shape:
+            self.forget()  # there may be no memory for the activations of both
+            if not self.recordings_left:
+                self.say_once("the passes of packs are no longer recorded as CUDA graphs: many have another shape")
             return forward(**inputs)
-        self.passes[shape] = passes
-        return passes(inputs)
+        if self.passes is not None and not self.passes.sums.holds:
+            self.forget()
+        if self.passes is None and self.recordings_left and is_telling(inputs):
+            self.record(forward, inputs)
+        return forward(**inputs) if self.passes is None else self.passes(inputs)
 
-    def is_due(self, shape: Shape) -> bool:
-        """Whether a recording is to be made of a shape."""
-        if not self.left:
-            return False
-        if self.shape is not None:
-            return shape == self.shape
-        if shape in self.came:
-            return True
-        self.came[shape] = None
-        while len(self.came) > MOST_REMEMBERED:
-            del self.came[next(iter(self.came))]
-        return False
-
-    def keep(self, count: int) -> None:
-        """Keep so many recordings, those that were used last; gradients of the step stay where they are."""
-        if len(self.passes) <= count:
+    def forget(self) -> None:
+        """Give the memory of the recordings back; gradients of the step stay where they are."""
+        if self.passes is None:
             return
-        while len(self.passes) > count:
-            del self.passes[next(iter(self.passes))]
+        self.passes = None
         give_back()
-        if not self.left and self.shape is not None:
-            self.say("the passes of packs are no longer recorded as CUDA graphs: too many packs have another shape")
 
-    def make(self, shape: Shape, forward: Forward, inputs: Mapping[str, Any]) -> None:
-        self.keep(self.most - 1)
-        self.left -= 1
-        self.came.pop(shape, None)
-        self.sums = self.sums or Sums(self.trained)
-        self.record = self.record or (Tape() if self.trained[0].is_cuda else by_itself)
+    def say_once(self, line: str) -> None:
+        if not self.said:
+            self.said = True
+            self.say(line)
+
+    def record(self, forward: Forward, inputs: Mapping[str, Any]) -> None:
+        self.recordings_left -= 1
         try:
-            passes, why = recorded(forward, self.sums, inputs, self.record)
+            self.passes, why = recorded(forward, self.trained, inputs)
         except RuntimeError as error:  # of whatever cannot be recorded, or of memory that is not enough for it
-            passes, why = None, cause(error)
-        if passes is not None:
-            self.passes[shape] = passes
-            return
-        self.left = 0
-        self.keep(0)
-        self.say(f"the passes of packs are not recorded as CUDA graphs: {why}")
-        give_back()
+            why = cause(error)
+        if why:
+            self.recordings_left = 0
+            self.say_once(f"the passes of packs are not recorded as CUDA graphs: {why}")
+            give_back()
 
 
-def recorded(forward: Forward, sums: Sums, inputs: Mapping[str, Any], record: Record) -> tuple[Passes | None, str]:
+def recorded(
+    forward: Forward, trained: Sequence[torch.nn.Parameter], inputs: Mapping[str, Any]
+) -> tuple[Passes | None, str]:
     """Recordings that compute of this pack what the model computes; or why there are none.
 
     Raises:
@@ -135,11 +221,12 @@ def recorded(forward: Forward, sums: Sums, inputs: Mapping[str, Any], record: Re
     """
     made = forward(**inputs)
     slopes = uneven(made, inputs["input_ids"])
-    wanted = torch.autograd.grad(made, sums.trained, slopes)
+    wanted = torch.autograd.grad(made, trained, slopes)
     hidden = made.detach().clone()
     del made
     give_back()
-    passes = Passes(forward, sums, with_other_rows(inputs), hidden, record)
+    record = Tape() if hidden.is_cuda else by_itself
+    passes = Passes(forward, Sums(trained), with_other_rows(inputs), hidden, record)
     off = farthest(passes.trial(inputs, slopes), [hidden, *wanted])
     return (passes, "") if off <= TOLERANCE else (None, f"they compute something else, {off:.2g} off")
 

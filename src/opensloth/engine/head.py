@@ -34,7 +34,7 @@ class Head:
 
     Attributes:
         cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
-        graphed: computes what reaches the head in place of the model itself, where passes are recorded.
+        graphed: computes what reaches the head in place of the model itself, where packs have one shape.
     """
 
     linear: nn.Linear
@@ -44,8 +44,7 @@ class Head:
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
         bare: Any = base_of(getattr(model, "module", model))  # DDP's
-        linear = bare.get_output_embeddings()
-        return Head(linear, self.cap, self.graphed if linear is self.linear else None)
+        return Head(bare.get_output_embeddings(), self.cap)
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""

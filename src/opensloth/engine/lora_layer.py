@@ -1,4 +1,5 @@
-"""LoRA's linear layers without passes of their own over the activations: y = x W' + (x A') (s B)' in matmuls alone.
+"""LoRA's linear layers without passes of their own over the activations: y = x W' + (x A') (s B)' in matmuls alone. A
+bias, which few models have, is a pass, so that it comes last.
 
 PEFT adds and scales the adapter's share in passes over all activations, and casts them to fp32 where the adapter is
 kept so. Here the share is written first, and the base's matmul adds to it before it rounds, with copies of A and B in
@@ -38,7 +39,7 @@ class OneMatmul:
             return given[1]
         if args or kwargs or not serves(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if state_of(self.get_base_layer()) is not None and not torch.is_grad_enabled():
+        if decodes(x) and state_of(self.get_base_layer()) is not None:
             return added(self, x)
         return together(x, [self])[0]
 
@@ -66,12 +67,17 @@ class Together:
 
 def jointly(layers: Sequence[Any], x: torch.Tensor) -> bool:
     """Whether layers are computed together for x: with or without a gradient, so that both round alike, but for a base
-    in 4 bits, which has a kernel of its own for the few rows of a decoding step."""
+    in 4 bits in a decoding step."""
     if any("forward" in vars(layer) for layer in layers):  # merged for a rollout
         return False
     if not all(serves(layer, x) for layer in layers):
         return False
-    return torch.is_grad_enabled() or all(state_of(layer.get_base_layer()) is None for layer in layers)
+    return not decodes(x) or all(state_of(layer.get_base_layer()) is None for layer in layers)
+
+
+def decodes(x: torch.Tensor) -> bool:
+    """Whether x (..., positions, in) is one new position of each row: a decoding step."""
+    return not torch.is_grad_enabled() and x.dim() > 2 and x.shape[-2] == 1
 
 
 def serves(layer: Any, x: torch.Tensor) -> bool:
@@ -130,8 +136,9 @@ def together(x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]
 
 
 def added(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a layer on a quantized base makes of x without a gradient: its own kernel reads the few rows of a decoding
-    step best, and the adapter's share is added to that."""
+    """What a layer on a quantized base makes of x in a decoding step: its own kernel reads few rows best, and rounds
+    before the adapter's share is added. That much a rollout is behind a young adapter; importance weights correct it.
+    """
     scalings, states, tensors = Parts.of([layer])
     (ours,) = layers_of(tensors, scalings, states, type_of(x))
     rows = x.reshape(-1, x.shape[-1]).to(ours.down.dtype)

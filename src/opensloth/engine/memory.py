@@ -142,26 +142,6 @@ def free_bytes(device: torch.device) -> int | None:
     return int(min(free, allowed) + reusable)
 
 
-def fits_twice(
-    config: PretrainedConfig,
-    options: TrainOptions,
-    device: torch.device,
-    plan: "MemoryPlan",
-    recorded: int,
-    dtype: torch.dtype,
-    kept: int = 0,
-    means: Means = Means(),
-) -> bool:
-    """Whether activations of so many recorded tokens, which stay on a card, fit beside those of a whole pack."""
-    free = free_bytes(device)
-    if free is None:
-        return False
-    options = options.model_copy(update={"gradient_checkpointing": plan.checkpointing})
-    need = estimate(config, options, dtype.itemsize, means)
-    both = need.per_token * (plan.pack_tokens + min(plan.pack_tokens, recorded))
-    return kept + need.adapter + need.head + both <= free * (1 - SPARE)
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """Tokens that go through the model at once, and what is recomputed in the backward pass."""

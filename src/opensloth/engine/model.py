@@ -56,11 +56,10 @@ class Engine:
         config: Any = self.model.config
         return self.head is not None and not draws(self.model) and flash.serves(config, device, self.dtype)
 
-    def record(self, say: Callable[[str], object], example: Mapping[str, Any] | None = None) -> None:
-        """Record the passes of packs, all of the shape of an example or of several (engine/graphed.py)."""
+    def record(self, example: Mapping[str, Any], say: Callable[[str], object]) -> None:
+        """Record the passes of packs of the shape of an example (engine/graphed.py)."""
         assert self.head is not None, "what is recorded ends before the head"
-        inputs = None if example is None else pack_inputs(example)
-        self.head.graphed = Graphed(list(trainable(self.model).values()), say, inputs)
+        self.head.graphed = Graphed(list(trainable(self.model).values()), pack_inputs(example), say)
 
     @property
     def packs_natively(self) -> bool:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from opensloth.engine import attention
-from opensloth.engine.filling import MOST_TOKENS, Rows, filled
 from opensloth.engine.head import Gradients, Head, before_cap, by_kernel, chunks, logits_of
 
 ALIGNED = 8  # numbers: 64 bytes, as kernels like their inputs to begin
@@ -49,20 +48,16 @@ def packed(
     device = next(model.parameters()).device
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     laid, at = lay_out(ids, mask, length, device), mask[:, -length:]
-    rows = Rows(ids[laid.keep], (mask.cumsum(1) - 1)[laid.keep], *laid.rows, laid.key_places)
-    head = None if head is None else head.of(model)
-    if head is not None and head.graphed is not None and torch.is_grad_enabled() and len(rows.ids) <= MOST_TOKENS:
-        rows = filled(rows, attention.shares(device))
     tokens, positions, queries, keys, predictors, targets, scored, *key_places = carried(
         [
-            rows.ids,
-            rows.positions,
-            rows.queries,
-            rows.keys,
+            ids[laid.keep],
+            (mask.cumsum(1) - 1)[laid.keep],
+            laid.rows.queries,
+            laid.rows.keys,
             laid.predictors,
             ids[:, -length:][at],
             at.flatten().nonzero()[:, 0],
-            *([] if rows.places is None else [rows.places]),
+            *([] if laid.key_places is None else [laid.key_places]),
         ],
         device,
     )
@@ -71,11 +66,12 @@ def packed(
         "position_ids": positions[None],
         "cu_seq_lens_q": queries,
         "cu_seq_lens_k": keys,
-        "max_length_q": rows.longest_queries,
-        "max_length_k": rows.longest_keys,
+        "max_length_q": laid.rows.longest_queries,
+        "max_length_k": laid.rows.longest_keys,
         "key_places": key_places[0] if key_places else None,
     }
     if head is not None:
+        head = head.of(model)
         hidden = head.hidden(model, **inputs)[0].index_select(0, predictors)
         logps, entropy = score_hidden(head, hidden, targets, temperature)
     else:  # with a cache, rows would see each other

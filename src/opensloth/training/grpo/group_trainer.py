@@ -49,8 +49,6 @@ class Run:
         write: what completes a batch, where it is not `--rollout generate`; `at_once` completions, where that is fixed.
         release: frees what completing took, where training needs the room.
         columns: the names of the data's other columns, which the rewards are given.
-        recorded: whether passes are (engine/graphed.py): gradients then come beside autograd, where DDP does not see
-            them.
     """
 
     files: RunFiles
@@ -72,7 +70,6 @@ class Run:
     at_once: int | None
     release: Callable[[], None] | None
     columns: set[str]
-    recorded: bool = False
 
 
 def trainer_class() -> type[Any]:
@@ -126,8 +123,7 @@ def trainer_class() -> type[Any]:
                     self.part = {name: value if value.dim() == 0 else value[at] for name, value in self.batch.items()}
                     self.part_on_host = self.on_host.of(rows)
                     figures.begin(weight)
-                    by_ddp = number == last and not self.run.recorded
-                    with contextlib.nullcontext() if by_ddp else self.accelerator.no_sync(model):
+                    with contextlib.nullcontext() if number == last else self.accelerator.no_sync(model):
                         loss = self._compute_loss(model, self.part) * weight
                         self.accelerator.backward(loss)
                     self.costs.sync.backward_done()
@@ -136,8 +132,6 @@ def trainer_class() -> type[Any]:
                     if fresh and weight:
                         asked_of[at] = self.policy_logps
                         gaps.add(self.policy_logps, self.part)
-            if self.run.recorded:
-                self.costs.sync.mean(self.trained)
             self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:
                 self.batch["old_per_token_logps"] = asked_of
@@ -155,8 +149,7 @@ def trainer_class() -> type[Any]:
             prompts, completions = self.on_host.sizes(self.batch["completion_mask"].shape[1])
             parts = self.cut(prompts, completions)
             limit = self.run.pack_tokens if self.run.batch_size is None else None
-            size: Any = {"group": self.group, "pack_tokens": limit, "packs": self.run.packs, "fills": self.run.recorded}
-            load = load_of(parts, prompts, completions, **size)
+            load = load_of(parts, prompts, completions, group=self.group, pack_tokens=limit, packs=self.run.packs)
             mine = Share(len(parts), load, int(prompts[0] + completions[0]), self.rollout_seconds)
             self.share_out(parts, of_all(mine))
             self.keep_rollouts()

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
-from opensloth.engine.filling import MOST_TOKENS, rounded
 from opensloth.training.load import Load
 
 Sizes = NDArray[np.int64]
@@ -92,23 +91,14 @@ class Share(NamedTuple):
 
 
 def load_of(
-    parts: Sequence[list[int]],
-    prompts: Sizes,
-    completions: Sizes,
-    *,
-    group: int,
-    pack_tokens: int | None,
-    packs: bool,
-    fills: bool = False,
+    parts: Sequence[list[int]], prompts: Sizes, completions: Sizes, *, group: int, pack_tokens: int | None, packs: bool
 ) -> Load:
-    """What the model computes in these micro-batches. `pack_tokens` is None where they are cut by completions; `fills`
-    where packs are filled up (engine/filling.py)."""
+    """What the model computes in these micro-batches. `pack_tokens` is None where they are cut by completions."""
     tokens = slots = room = 0
     for places in parts:
         if packs:  # a prompt lies in a pack once, before the first completion of its group
             heads = [place for at, place in enumerate(places) if not at or places[at - 1] // group != place // group]
-            real = int(completions[places].sum() + prompts[heads].sum())
-            width = rounded(real) if fills and real <= MOST_TOKENS else real
+            real = width = int(completions[places].sum() + prompts[heads].sum())
         else:
             lengths = prompts[places] + completions[places]
             real, width = int(lengths.sum()), len(places) * int(lengths.max())

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
-from opensloth.engine import Engine, choose, filling, load, memory, native, policy
-from opensloth.engine.memory import MemoryPlan
+from opensloth.engine import Engine, choose, load, memory, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
@@ -35,7 +33,6 @@ from opensloth.rollout.sampling import Sampling
 from opensloth.rollout.store import positions_of_row
 from opensloth.rollout.vllm import VllmWriter, room_of
 from opensloth.training import plan
-from opensloth.training.everyone import of_all
 from opensloth.training.grpo import group_trainer, held_out
 from opensloth.training.grpo.advice import Advice
 from opensloth.training.grpo.metrics import BatchesMetrics
@@ -76,7 +73,6 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     if choose.compilation(job, place.device, engine.packs_natively, tokens=0).value == "on":
         engine.compile(dynamic=True)
     run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
-    run = with_recordings(run, engine, job, replace(chosen, pack_tokens=pack_tokens), place, room)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
@@ -94,28 +90,6 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         return held_out.figures(trainer, seconds)
 
     train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
-
-
-def with_recordings(
-    run: group_trainer.Run, engine: Engine, job: GrpoJob, chosen: MemoryPlan, place: Place, room: Room | None
-) -> group_trainer.Run:
-    """The run with the passes of its packs recorded, where that pays and rollouts leave the memory for it alone."""
-
-    def has_room() -> bool:
-        stays = room is None or room.stays
-        kept = room.kept if room else 0
-        return stays and memory.fits_twice(
-            engine.model.config, job, place.device, chosen, filling.MOST_TOKENS, engine.dtype, kept, engine.means
-        )
-
-    recordable = engine.packs_natively and engine.recordable
-    graphs = choose.graphs(job, place.device, all(of_all(recordable)), room=lambda: all(of_all(has_room())))
-    if place.leads:
-        log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
-    if graphs.value == "on":
-        process = "" if place.leads else f"process {place.rank}: "
-        engine.record(lambda line: log.say(process + line))
-    return replace(run, recorded=graphs.value == "on")
 
 
 def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
@@ -261,7 +235,6 @@ def build_trainer(
         device=place.device,
         engine=engine,
         checkpointing=checkpointing,
-        recorded=run.recorded,
         evaluates=run.evaluates,
         backend=place.backend,
         processes=place.processes,

@@ -70,7 +70,7 @@ def with_one_shape(run: pack_trainer.Run, engine: Engine, job: SftJob, longest: 
         engine.compile(dynamic=False)
     if graphs.value == "on":
         process = "" if place.leads else f"process {place.rank}: "
-        engine.record(lambda line: log.say(process + line), run.batcher([]))
+        engine.record(run.batcher([]), lambda line: log.say(process + line))
     return replace(run, recorded=graphs.value == "on")
 
 
