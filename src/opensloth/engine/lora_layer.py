@@ -39,7 +39,7 @@ class OneMatmul:
             return given[1]
         if args or kwargs or not serves(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if decodes(x) and state_of(self.get_base_layer()) is not None:
+        if has_own_kernel(self, x):
             return added(self, x)
         return together(x, [self])[0]
 
@@ -72,12 +72,13 @@ def jointly(layers: Sequence[Any], x: torch.Tensor) -> bool:
         return False
     if not all(serves(layer, x) for layer in layers):
         return False
-    return not decodes(x) or all(state_of(layer.get_base_layer()) is None for layer in layers)
+    return not any(has_own_kernel(layer, x) for layer in layers)
 
 
-def decodes(x: torch.Tensor) -> bool:
-    """Whether x (..., positions, in) is one new position of each row: a decoding step."""
-    return not torch.is_grad_enabled() and x.dim() > 2 and x.shape[-2] == 1
+def has_own_kernel(layer: Any, x: torch.Tensor) -> bool:
+    """Whether a base is in 4 bits and x (..., positions, in) one new position of each row: a decoding step."""
+    decodes = not torch.is_grad_enabled() and x.dim() > 2 and x.shape[-2] == 1
+    return decodes and state_of(layer.get_base_layer()) is not None
 
 
 def serves(layer: Any, x: torch.Tensor) -> bool:

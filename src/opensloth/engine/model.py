@@ -1,11 +1,11 @@
 """What every engine gives the trainer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opensloth.engine import flash
 from opensloth.engine.compiled import compile_layers
@@ -75,14 +75,8 @@ class Engine:
 
 def draws(model: torch.nn.Module) -> bool:
     """Whether a model may draw random numbers while it trains: by its modules, and by the names in its config."""
-    config: PretrainedConfig | None = getattr(model, "config", None)
-    return any(
-        isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p for module in model.modules()
-    ) or any(value for name, value in named(config) if "drop" in name or "jitter" in name)
-
-
-def named(config: PretrainedConfig | None) -> Iterator[tuple[str, float]]:
-    """The numbers of a config, by their names."""
-    for name, value in (config.to_dict() if config is not None else {}).items():
-        if isinstance(value, int | float):
-            yield name, float(value)
+    config: Any = getattr(model, "config", None)
+    told = {} if config is None else config.to_dict()
+    dropouts = (module.p for module in model.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd))
+    named = (value for name, value in told.items() if "drop" in name or "jitter" in name)
+    return any(dropouts) or any(value for value in named if isinstance(value, int | float))

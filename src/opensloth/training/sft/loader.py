@@ -1,6 +1,7 @@
 """From a schedule to tensors: each item of the loader is one whole optimizer step, as this process sees it."""
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypedDict
 
@@ -162,17 +163,20 @@ class Steps(Dataset[Step]):
             longest: tokens of the longest row.
         """
         largest = sorted(range(len(self)), key=self.plan.tokens, reverse=True)[:LOOKED_AT]
-        steps = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in largest)
-        packs = [rows for step in steps for process in step for rows in process]
+        packs = self.packs(largest)
         tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
         return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
     def filled(self, shape: Shape) -> float:
         """The share of real tokens where all packs have a shape: in the first steps, as they come to be trained."""
-        steps = [self.plan.micro_batches(n, self.pack_tokens, self.processes) for n in range(min(len(self), LOOKED_AT))]
-        packs = [rows for step in steps for process in step for rows in process]
+        packs = self.packs(range(min(len(self), LOOKED_AT)))
         real = sum(int(self.plan.lengths[rows].sum()) for rows in packs)
         return real / (len(packs) * shape.tokens)
+
+    def packs(self, numbers: Iterable[int]) -> list[list[int]]:
+        """The rows of each pack of some steps, of all processes."""
+        steps = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in numbers)
+        return [rows for step in steps for process in step for rows in process]
 
     def row_ids(self, rows: list[int]) -> list[int]:
         """The numbers of stored rows in the source, as `os-data show` names them."""

@@ -1,6 +1,7 @@
 """An SFT job from its start to its result, as one of its processes: model, schedule, trainer, adapter."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,15 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
 def with_one_shape(run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, place: Place) -> pack_trainer.Run:
     """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
     steps, packs = run.steps, engine.packs_natively
+    shape = cache(lambda: steps.shape(longest))  # a look at many steps, if anybody wants it
     compiling = choose.compilation(job, place.device, packs, sum(steps.plan.step_tokens))
     recordable = all(of_all(engine.recordable))
-    graphs = choose.graphs(job, place.device, packs and recordable, lambda: steps.filled(steps.shape(longest)))
+    graphs = choose.graphs(job, place.device, packs and recordable, lambda: steps.filled(shape()))
     if place.leads:
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if "on" in (compiling.value, graphs.value):
-        run.batcher.shape = steps.shape(longest)
+        run.batcher.shape = shape()
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
