@@ -133,6 +133,7 @@ def test_recorded_passes_are_those_of_the_model(arch, how, monkeypatch, device):
     assert model.passes is not None
     odd = batcher(rows(), packing=True)([0, 2])
     model.check([PACKS[0], odd, PACKS[1]])
+    assert model.said == []
 
 
 def test_passes_that_wait_for_the_card_leave_it_as_it_was(device):
