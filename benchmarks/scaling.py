@@ -153,12 +153,13 @@ def run_one(
     shutil.rmtree(output, ignore_errors=True)
     words = command(arguments, setting, model, sizes, on_cards)
     began = time.monotonic()
-    with output.with_suffix(".log").open("w") as log:
+    log_file = arguments.work / f"{setting.name}.log"
+    with log_file.open("w") as log:
         process = subprocess.Popen([*words, "--output", str(output)], stdout=log, stderr=log, cwd=arguments.work)
         code = ended(process, seconds)
     row = asdict(setting) | {"wall_seconds": round(time.monotonic() - began, 1)}
     if code:
-        last = output.with_suffix(".log").read_text().strip().splitlines()[-1:]
+        last = log_file.read_text().strip().splitlines()[-1:]
         reason = f"not done after {seconds:.0f} s" if code == "late" else f"exit code {code}: {' '.join(last)}"
         return row | {"failed": reason}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -192,7 +193,7 @@ def command(arguments: argparse.Namespace, setting: Setting, model: str, sizes: 
         words += ["--prompts-per-step", str(setting.work), "--group-size", str(GROUP), "--max-new", str(sizes.max_new)]
         words += ["--rewards", f"{spread.__file__}:spread", "--print-samples-every", "0"]
     elif setting.packing:
-        words += ["--tokens-per-step", str(setting.work)]
+        words += ["--tokens-per-step", str(setting.work), "--compile", "off"]  # it depends on the tokens of a run
     else:
         words += ["--grad-accum", str(max(1, round(setting.work / sizes.mean / PADDED)))]
     return words

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from opensloth.engine import attention, choose, graphed, head
 from opensloth.engine.graphed import Graphed, Passes
+from opensloth.engine.leaves import Leaves
 from opensloth.engine.loss import pack_inputs, pack_loss
 from opensloth.engine.model import draws
 from opensloth.training.sft.loader import Shape
@@ -35,7 +36,7 @@ class Recorded:
         self.batcher.shape = SHAPE
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.said = []
-        self.head.graphed = Graphed(self.trained, pack_inputs(self.batcher([])), self.said.append)
+        self.head.graphed = Graphed(self.model, pack_inputs(self.batcher([])), self.said.append)
 
     @property
     def passes(self):
@@ -258,3 +259,22 @@ def test_a_run_is_the_same_with_recorded_passes(tmp_path, call, replays, monkeyp
 def test_a_model_with_dropout_draws():
     assert not draws(torch.nn.Sequential(torch.nn.Dropout(0.0)))
     assert draws(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+
+
+def test_leaves_of_a_recording_stand_in_for_what_trains():
+    """A weight that two layers share is one leaf; what is frozen stays; and afterwards all is as before."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    before, frozen = list(model.parameters()), model[1].bias
+    leaves, x = Leaves(model), torch.randn(2, 3)
+    with leaves.in_place():
+        assert model[0].weight is model[1].weight is leaves.fresh[0]
+        assert model[1].bias is frozen
+        found = torch.autograd.grad(model(x).square().sum(), leaves.fresh)
+    wanted = torch.autograd.grad(model(x).square().sum(), leaves.trained)
+    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.Tensor.is_set_to, leaves.fresh, leaves.trained))
+    with pytest.raises(RuntimeError), leaves.in_place():
+        model(x[:, :2])
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))

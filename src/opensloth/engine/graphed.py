@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from opensloth.engine.leaves import Leaves
 from opensloth.engine.tape import Tape
 
 Forward = Callable[..., torch.Tensor]
@@ -78,15 +79,15 @@ class Passes:
 
     Args:
         forward: of a model that trains.
-        sums: where gradients are added.
+        leaves: of that model.
         inputs: of a pack; their tensors become the buffers.
         hidden: the hidden states of any pack of the shape.
     """
 
     def __init__(
-        self, forward: Forward, sums: Sums, inputs: Mapping[str, Any], hidden: torch.Tensor, record: Record
+        self, forward: Forward, leaves: Leaves, inputs: Mapping[str, Any], hidden: torch.Tensor, record: Record
     ) -> None:
-        self.model, self.sums = forward, sums
+        self.model, self.leaves, self.sums = forward, leaves, Sums(leaves.trained)
         self.inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         self.hidden, self.slopes = torch.zeros_like(hidden), torch.zeros_like(hidden)
         self.made: torch.Tensor | None = None  # by the forward, for the backward that follows it
@@ -95,14 +96,15 @@ class Passes:
         self.backward = record(self.run_backward)
 
     def run_forward(self) -> None:
-        with torch.enable_grad():  # in the forward of a function there is none
+        with torch.enable_grad(), self.leaves.in_place():  # in the forward of a function there are no gradients
             self.made = self.model(**self.inputs)
         self.hidden.copy_(self.made.detach())
 
     def run_backward(self) -> None:
         made, self.made = self.made, None
         assert made is not None, "a backward pass follows each forward pass"
-        found = torch.autograd.grad(made, self.sums.trained, self.slopes)
+        with self.leaves.in_place():  # layers may be computed again
+            found = torch.autograd.grad(made, self.leaves.fresh, self.slopes)
         torch._foreach_add_(self.sums.parts, found)
 
     def load(self, inputs: Mapping[str, Any]) -> None:
@@ -161,13 +163,13 @@ class Graphed:
     """Recordings of the passes of a model, made when the first pack of the shape comes.
 
     Args:
-        trained: the parameters that take a gradient.
+        model: one that trains.
         example: inputs of any pack of the shape.
         say: is told once where the passes are not recorded, or no more, and why.
     """
 
-    def __init__(self, trained: Sequence[torch.nn.Parameter], example: Mapping[str, Any], say: Callable[[str], object]):
-        self.trained, self.shape, self.say = list(trained), shape_of(example), say
+    def __init__(self, model: torch.nn.Module, example: Mapping[str, Any], say: Callable[[str], object]):
+        self.model, self.shape, self.say = model, shape_of(example), say
         self.passes: Passes | None = None
         self.recordings_left = MOST_RECORDINGS
         self.said = False
@@ -202,7 +204,7 @@ class Graphed:
     def record(self, forward: Forward, inputs: Mapping[str, Any]) -> None:
         self.recordings_left -= 1
         try:
-            self.passes, why = recorded(forward, self.trained, inputs)
+            self.passes, why = recorded(forward, Leaves(self.model), inputs)
         except RuntimeError as error:  # of whatever cannot be recorded, or of memory that is not enough for it
             why = cause(error)
         if why:
@@ -211,9 +213,7 @@ class Graphed:
             give_back()
 
 
-def recorded(
-    forward: Forward, trained: Sequence[torch.nn.Parameter], inputs: Mapping[str, Any]
-) -> tuple[Passes | None, str]:
+def recorded(forward: Forward, leaves: Leaves, inputs: Mapping[str, Any]) -> tuple[Passes | None, str]:
     """Recordings that compute of this pack what the model computes; or why there are none.
 
     Raises:
@@ -221,12 +221,12 @@ def recorded(
     """
     made = forward(**inputs)
     slopes = uneven(made, inputs["input_ids"])
-    wanted = torch.autograd.grad(made, trained, slopes)
+    wanted = torch.autograd.grad(made, leaves.trained, slopes)
     hidden = made.detach().clone()
     del made
     give_back()
     record = Tape() if hidden.is_cuda else by_itself
-    passes = Passes(forward, Sums(trained), with_other_rows(inputs), hidden, record)
+    passes = Passes(forward, leaves, with_other_rows(inputs), hidden, record)
     off = farthest(passes.trial(inputs, slopes), [hidden, *wanted])
     return (passes, "") if off <= TOLERANCE else (None, f"they compute something else, {off:.2g} off")
 

@@ -11,7 +11,6 @@ from opensloth.engine import flash
 from opensloth.engine.compiled import compile_layers
 from opensloth.engine.graphed import Graphed
 from opensloth.engine.head import Head
-from opensloth.engine.lora import trainable
 from opensloth.engine.loss import pack_inputs
 from opensloth.engine.memory import ALL_LOGITS, Means
 
@@ -59,7 +58,7 @@ class Engine:
     def record(self, example: Mapping[str, Any], say: Callable[[str], object]) -> None:
         """Record the passes of packs of the shape of an example (engine/graphed.py)."""
         assert self.head is not None, "what is recorded ends before the head"
-        self.head.graphed = Graphed(list(trainable(self.model).values()), pack_inputs(example), say)
+        self.head.graphed = Graphed(self.model, pack_inputs(example), say)
 
     @property
     def packs_natively(self) -> bool:
