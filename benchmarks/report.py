@@ -159,7 +159,7 @@ def again(found: Results, control: Path | None) -> str:
     return f"""## Again
 
 ```bash
-for stage in sft grpo trl data eval; do
+for stage in sft grpo control trl data eval; do
     python benchmarks/reasoning.py $stage --work DIR --data gsm_symbolic.jsonl
 done
 python benchmarks/report.py benchmarks/results/reasoning-h100.json{beside} > docs/results.md

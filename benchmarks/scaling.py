@@ -59,7 +59,7 @@ class Sizes:
         return self.median * math.exp(SPREAD**2 / 2)
 
 
-ON_CARDS = Sizes(8192, 490, {"sft": 65_536, "grpo": 8}, {"sft": 131_072, "grpo": 32}, 256)
+ON_CARDS = Sizes(20_480, 490, {"sft": 65_536, "grpo": 8}, {"sft": 131_072, "grpo": 32}, 256)
 REHEARSAL = Sizes(128, 60, {"sft": 512, "grpo": 2}, {"sft": 1_024, "grpo": 4}, 8, ("--pack-tokens", "256"))
 
 

@@ -17,6 +17,7 @@ from opensloth import paths
 from opensloth.engine.attention import Boundaries
 
 MODULE = "flash_attn.cute.interface"
+TWO_BLOCKS = 257  # of a way back, whose blocks have up to 128 tokens: it compiles rows of one block for themselves
 KEEPS, KEPT_IN = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
 
@@ -68,6 +69,7 @@ def backward(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
+    longest_queries, longest_keys = max(longest_queries, TWO_BLOCKS), max(longest_keys, TWO_BLOCKS)
     words = causal(queries, keys, longest_queries, longest_keys, scale, window)
     to_q, to_k, to_v, *_ = package()._flash_attn_bwd(q, k, v, out, upstream, lse, **words)
     return to_q, to_k, to_v
