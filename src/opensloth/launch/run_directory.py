@@ -127,6 +127,7 @@ def run(
     files: Mapping[str, Callable[[], str]],
     notes: Mapping[str, str],
 ) -> Result:
+    begun = (output / JOB).exists() and not job.force
     finished = leader_first("run directory", lambda: open_run(output, job, record, world, files))
     if finished:
         return Result(output, "already finished", finished)
@@ -138,7 +139,12 @@ def run(
         log.say(
             f"processes: the data was planned for {prepared.manifest.shards}; its rows are dealt to {world.processes}"
         )
-    run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
+    try:
+        run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
+    except UserError:  # with the mistake put right it is another job, which may have the same place
+        if not begun and leads(world) and not (output / CHECKPOINTS).exists():
+            shutil.rmtree(output, ignore_errors=True)
+        raise
     if world.node_rank and not (output / RESULT).exists():
         return Result(output, "trained", {})  # machine 0 wrote it, and the machines share no directory
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
