@@ -119,8 +119,10 @@ def grpo(arguments: argparse.Namespace) -> None:
 
 def control(arguments: argparse.Namespace) -> None:
     """Fresh problems for the whole of that time."""
-    spent = [float((arguments.work / f"grpo-{seed}.seconds").read_text()) for seed in seeds(arguments)]
-    arguments.seconds = min(arguments.seconds, max(spent))
+    spent = max(seconds_of(arguments.work / f"grpo-{seed}") for seed in seeds(arguments))
+    arguments.seconds = min(arguments.seconds, spent - seconds_of(arguments.work / "control"))
+    if arguments.seconds <= 0:
+        return
     recipe = CONTROL | {"max-steps": 100_000, "save-steps": 500}
     together(arguments, [train("sft", ARITHMETIC, str(arguments.work / "sft"), arguments.work / "control", recipe)])
 
@@ -202,8 +204,14 @@ def together(arguments: argparse.Namespace, runs: Sequence[Command]) -> None:
         seconds.setdefault(output.name, time.monotonic() - begin)
         print(f"{output.name}: exit {code} after {seconds[output.name]:.0f} s", flush=True)
     for name, spent in seconds.items():  # a file each: stages may run beside each other
-        path = arguments.work / f"{name}.seconds"
-        path.write_text(str(spent + (float(path.read_text()) if path.exists() else 0.0)))
+        kept = seconds_of(arguments.work / name)
+        (arguments.work / f"{name}.seconds").write_text(str(kept + spent))
+
+
+def seconds_of(run: Path) -> float:
+    """How long a run has trained in all."""
+    path = run.with_name(f"{run.name}.seconds")
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

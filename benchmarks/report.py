@@ -38,8 +38,8 @@ SmolLM2-135M-Instruct on problems it has not seen. {said}This page is written by
 [{file}](../benchmarks/results/{file}).
 
 {device}, Python {versions["python"]}, {libraries}. Intervals are 95 %: Wilson's for a share, for a difference
-the normal one of paired differences over the same problems. Runs of a stage trained beside each other on one device, so
-the seconds are of a shared card."""
+the normal one of paired differences over the same problems. The seeds trained beside each other on one device, so their
+seconds are of a shared card."""
 
 
 def arithmetic(found: Results) -> str:
@@ -68,7 +68,7 @@ def controlled(file: Path | None) -> str:
     names = [name for name in found["scores"] if name in ("sft", "control") or name in found["curves"]]
     return f"""### Beside a control
 
-An earlier run of the same commands, with the control ([{file.name}](../benchmarks/results/{file.name}); torch
+An earlier run, with the control beside the seeds ([{file.name}](../benchmarks/results/{file.name}); torch
 {found["versions"]["torch"]}). {done(found)}
 
 {table(found, names, "sft")}"""

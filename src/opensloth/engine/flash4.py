@@ -17,7 +17,9 @@ from opensloth import paths
 from opensloth.engine.attention import Boundaries
 
 MODULE = "flash_attn.cute.interface"
-TWO_BLOCKS = 257  # of a way back, whose blocks have up to 128 tokens: it compiles rows of one block for themselves
+TWO_BLOCKS = (
+    129  # tokens, in the backward pass, whose blocks have up to 128: rows of one block get a kernel of their own
+)
 KEEPS, KEPT_IN = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
 

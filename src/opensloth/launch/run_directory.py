@@ -127,7 +127,6 @@ def run(
     files: Mapping[str, Callable[[], str]],
     notes: Mapping[str, str],
 ) -> Result:
-    begun = (output / JOB).exists() and not job.force
     finished = leader_first("run directory", lambda: open_run(output, job, record, world, files))
     if finished:
         return Result(output, "already finished", finished)
@@ -139,12 +138,7 @@ def run(
         log.say(
             f"processes: the data was planned for {prepared.manifest.shards}; its rows are dealt to {world.processes}"
         )
-    try:
-        run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
-    except UserError:  # with the mistake put right it is another job, which may have the same place
-        if not begun and leads(world) and not (output / CHECKPOINTS).exists():
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    run_workers(world, output, max_restarts=job.max_restarts, timeout=job.timeout)
     if world.node_rank and not (output / RESULT).exists():
         return Result(output, "trained", {})  # machine 0 wrote it, and the machines share no directory
     return Result(output, "trained", paths.read_json(output / RESULT, "a finished run"))
@@ -153,12 +147,24 @@ def run(
 def open_run(
     output: Path, job: RunJob, record: dict[str, Any], world: World, files: Mapping[str, Callable[[], str]]
 ) -> dict[str, Any]:
-    """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing."""
+    """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing.
+
+    Of another job that trained nothing only the logs are lost: a mistake that ended it makes another job when it is put
+    right.
+    """
     check_output(output)
     earlier = processes_of(output)
     if job.force and leads(world):  # who comes later would remove the run that has begun
-        shutil.rmtree(output, ignore_errors=True)
-    check_same_job(output, record["identity"])
+        empty(output)
+    different = settings_apart(output, record["identity"])
+    if different and not (output / RESULT).exists() and not (output / CHECKPOINTS).exists():
+        empty(output)
+        earlier, different = 0, []
+    if different:
+        shown = ", ".join(different[:5])
+        raise UserError(
+            f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
+        )
     if (output / RESULT).exists():
         figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
         return figures
@@ -170,6 +176,15 @@ def open_run(
     for name, text in texts.items():
         paths.write_text(output / name, text)
     return {}
+
+
+def empty(output: Path) -> None:
+    """The directory itself stays: it may be somebody's, with rights of its own, or a link."""
+    for path in output.iterdir() if output.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def processes_of(output: Path) -> int:
@@ -187,18 +202,14 @@ def check_output(output: Path) -> None:
     paths.check_writable(output)
 
 
-def check_same_job(output: Path, this: dict[str, Any]) -> None:
+def settings_apart(output: Path, this: dict[str, Any]) -> list[str]:
+    """What another job in the directory has otherwise; nothing where it is this one, or there is none."""
     if not (output / JOB).exists():
-        return
+        return []
     other = paths.read_json(output / JOB, "a run directory").get("identity", {})
-    different = [name for name in sorted({*this, *other}) if this.get(name) != other.get(name)]
-    if different:
-        told = {"data": "data (other rows, or prepared otherwise)"}  # digests would tell nobody anything
-        values = {name: f"{name} ({other.get(name)} there, {this.get(name)} now)" for name in different}
-        shown = ", ".join((values | told)[name] for name in different[:5])
-        raise UserError(
-            f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
-        )
+    told = {"data": "data (other rows, or prepared otherwise)"}  # digests would tell nobody anything
+    names = [name for name in sorted({*this, *other}) if this.get(name) != other.get(name)]
+    return [told.get(name, f"{name} ({other.get(name)} there, {this.get(name)} now)") for name in names]
 
 
 def check_resume(job: RunJob, output: Path) -> None:
