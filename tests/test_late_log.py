@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.trainer
+from transformers.training_args import ParallelMode
 
 from opensloth.training import laps
 from opensloth.training.callbacks import Metrics
+from opensloth.training.grpo import group_trainer
 from opensloth.training.laps import Laps
 from opensloth.training.sft import pack_trainer
 from opensloth.training.sft.late_log import LogsLate
@@ -185,3 +188,13 @@ def test_a_step_is_told_at_once_where_a_log_asks_for_a_checkpoint(here, call, la
     assert late == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
     assert [line["step"] for line in logged(here / "asked") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert (here / "asked" / "checkpoints" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("module", [pack_trainer, group_trainer])
+def test_no_log_adds_up_over_processes_what_their_cards_would_have_to_be_waited_for(module, monkeypatch):
+    """A gather on the card behind the step, read at once: hosts would give it the next step only when it is idle."""
+    kind = module.trainer_class()
+    trainer = kind.__new__(kind)
+    trainer.args = SimpleNamespace(parallel_mode=ParallelMode.DISTRIBUTED, device=torch.device("cpu"))
+    monkeypatch.delattr(transformers.trainer, "distributed_broadcast_scalars")
+    trainer.store_flos()

@@ -120,6 +120,10 @@ class KeepsRun:
                 "Lower --lr or --max-grad-norm. The last checkpoint is kept.",
             )
 
+    def store_flos(self) -> None:
+        """Nothing: transformers counts no operations of our batches. It adds their number up over the processes with
+        each log, and every host then waits for its card before it gives it the next step."""
+
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints are written into a staging folder and renamed once they are complete."""
         base = Path(self.args.output_dir)

@@ -115,7 +115,6 @@ class LogsLate:
         logs = {"loss": loss / held.steps, **({"grad_norm": norm} if held.has_norm else {})}
         logs["learning_rate"] = held.learning_rate
         self._total_loss_scalar += loss
-        self.store_flos()
         state = self.state
         there = (state.global_step, state.epoch, self.since_log)
         state.global_step, state.epoch, self.since_log = held.step, held.epoch, held.losses
