@@ -9,12 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import adds  # noqa: E402
 import models  # noqa: E402
 import processes  # noqa: E402
 import random_rows  # noqa: E402
@@ -208,3 +210,12 @@ def test_rows_are_as_long_as_they_should_be(tmp_path):
     lengths = sorted(len(tokenizer(text)["input_ids"]) + 1 for text in texts)  # and the token that ends it
     assert (lengths[0], lengths[-1]) == (8, 128)
     assert 35 < lengths[150] < 46
+
+
+def test_what_is_kept_of_a_small_addend_tells_how_often_a_sum_was_rounded():
+    torch.manual_seed(0)
+    x, weight, share = torch.randn(512, 64), torch.randn(64, 512) / 8, adds.SMALL * torch.randn(512, 512)
+    x, weight, share = (one.bfloat16() for one in (x, weight, share))
+    found = {name: adds.kept(add, share, x, weight) for name, add in adds.WAYS.items()}
+    assert found.pop("product rounded, then added") < 0.5
+    assert list(found.values()) == pytest.approx([1.0] * len(found), abs=0.1)
