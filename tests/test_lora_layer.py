@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from opensloth.config.jobs import SftJob
 from opensloth.config.run import SEVEN_LINEARS
 from opensloth.data.models.resolve import resolve_model
-from opensloth.engine import lora, native
+from opensloth.engine import lora, matmul, native
 from opensloth.engine.lora_layer import Adapted, LoraLinear, OneMatmul
 from opensloth.rollout.merge import Merge
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
@@ -103,7 +103,9 @@ def test_logits_and_gradients_are_those_of_peft(arch, rslora, monkeypatch):
         assert torch.allclose(gradient, expected_gradients[name], atol=SAME), name
 
 
-def test_in_sixteen_bits_they_are_those_of_peft_within_rounding():
+@pytest.mark.parametrize("times", [1.0, 2.0])
+def test_in_sixteen_bits_they_are_those_of_peft_within_rounding(times, monkeypatch):
+    monkeypatch.setattr(matmul, "times", times)
     check_rounding(ours())
 
 
@@ -124,8 +126,14 @@ def check_rounding(model):
         assert off(gradient, wanted) < max(BFLOAT16, 2 * off(peft_gradients[name], wanted)), name
 
 
+@pytest.mark.parametrize("times", [1.0, 2.0])
 @pytest.mark.parametrize("bias", [0.0, 10.0])
-def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost_in_sixteen_bits(bias):
+def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost_in_sixteen_bits(bias, times, monkeypatch):
+    monkeypatch.setattr(matmul, "times", times)
+    check_share(torch.device("cpu"), bias)
+
+
+def check_share(device, bias):
     """A share that is far smaller than the last digit of what the base gives moves a rounding now and then: on average
     by as much as it is. Added to what was rounded already it would vanish until the adapter has grown."""
     torch.manual_seed(0)
@@ -135,7 +143,7 @@ def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost_in_sixteen_bits
     layer = LoraLinear(base, "default", LoraConfig(r=8, lora_alpha=16), r=8, lora_alpha=16, lora_dropout=0.0)
     layer.lora_A.float()
     layer.lora_B.float()["default"].weight.data.normal_(0, 1e-4)
-    x = torch.randn(4096, 256).bfloat16()
+    layer, x = layer.to(device), torch.randn(4096, 256).bfloat16().to(device)
     a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
     with torch.no_grad():
         share = 2.0 * x.float() @ a.T @ b.T
@@ -143,6 +151,31 @@ def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost_in_sixteen_bits
     assert share.abs().max() < 2**-9 * without.abs().max()
     kept = float(((with_it - without) * share).sum() / share.square().sum())
     assert kept == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "longer", "times", "said"),
+    [
+        ({1.0: 0.99}, 1.0, 1.0, "in place: 99% of a small one is kept"),
+        ({1.0: 0.02, 2.0: 0.03}, 1.0, 1.0, "of a small one 2% is kept, and 3% where it is halved"),
+        ({1.0: 0.02, 2.0: 1.0}, 1.3, 1.0, "all of it would take 1.30 times as long"),
+        ({1.0: 0.02, 2.0: 1.0}, 1.1, 2.0, "as twice its half: of a small one 100% is kept, not 2%, in 1.10 times"),
+    ],
+)
+def test_how_a_share_is_added_is_chosen_by_what_is_kept_and_what_it_takes(kept, longer, times, said, monkeypatch):
+    monkeypatch.setattr(matmul, "times", 5.0)
+    monkeypatch.setattr(matmul.Trial, "kept", lambda _, factor: kept[factor])
+    monkeypatch.setattr(matmul.Trial, "seconds", lambda _, factor: longer**factor)
+    model = torch.nn.Linear(8, 4)
+    drawn = torch.get_rng_state()
+    assert said in matmul.choose_adding(model)
+    assert matmul.times == times
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_cpu_keeps_a_small_share_in_either_way():
+    trial = matmul.Trial(256, 64, torch.device("cpu"))
+    assert [trial.kept(1.0), trial.kept(2.0)] == pytest.approx([1.0, 1.0], abs=0.1)
 
 
 def test_activations_are_never_cast_to_fp32():

@@ -18,6 +18,7 @@ from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
 from test_graphed import PACKS, Recorded
+from test_lora_layer import check_share
 from test_policy import batch as completions
 from tiny import tiny_model, tiny_tokenizer
 
@@ -214,6 +215,14 @@ def test_scores_of_packed_completions_equal_those_of_padded_ones(device):
     model.to(torch.bfloat16).set_attn_implementation(attention.NAME)
     found = policy.packed(model, ids, mask, length, 0.7, last).logps
     assert float((found - expected).abs().max()) < 0.05  # nats
+
+
+@pytest.mark.parametrize("bias", [0.0, 10.0])
+def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost(bias, monkeypatch, device):
+    """In the way of adding that is chosen for the card; what it says is shown where it is not enough."""
+    monkeypatch.setattr(matmul, "times", 1.0)
+    print(matmul.choose_adding(torch.nn.Linear(2560, 4096, device=device)))
+    check_share(device, bias)
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu"])

@@ -19,7 +19,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from opensloth.engine.matmul import dense, in_float32, products
+from opensloth.engine.matmul import dense, in_float32, products, with_share
 
 TOGETHER = ("q_proj", "k_proj", "v_proj")  # layers of a module that read its input
 
@@ -224,7 +224,7 @@ class Adapted(torch.autograd.Function):
         layers = layers_of(tensors, scalings, states, rows.dtype)
         low = rows @ down_of(layers).T
         outs = tuple(
-            products([part, rows], [layer.up.T, layer.matrix.T], layer.bias)
+            with_share((part, layer.up.T), (rows, layer.matrix.T), layer.bias)
             for layer, part in zip(layers, divided(low, layers), strict=True)
         )
         ctx.save_for_backward(rows, low, *kept(layers))

@@ -26,7 +26,7 @@ from opensloth.engine.lora_layer import (
     of_layers,
     type_of,
 )
-from opensloth.engine.matmul import in_float32, products
+from opensloth.engine.matmul import in_float32, products, with_share
 from opensloth.hardware import TRITON
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
@@ -79,10 +79,10 @@ class GatedMlp(torch.autograd.Function):
             g, u = (F.linear(rows, layer.matrix, layer.bias) for layer in pair)
         else:
             lows = zip(pair, divided(low, pair), strict=True)
-            g, u = (products([part, rows], [layer.up.T, layer.matrix.T], layer.bias) for layer, part in lows)
+            g, u = (with_share((part, layer.up.T), (rows, layer.matrix.T), layer.bias) for layer, part in lows)
         h = opened(g, u, shares, kind)
         last_low = h @ last.down.T
-        out = products([last_low, h], [last.up.T, last.matrix.T], last.bias)
+        out = with_share((last_low, last.up.T), (h, last.matrix.T), last.bias)
         ctx.save_for_backward(rows, g, u, low, last_low, *kept(layers))
         ctx.kind, ctx.scalings, ctx.states = kind, scalings, states
         return out.view(x.shape)
