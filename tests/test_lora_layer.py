@@ -290,11 +290,12 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(found[name], gradient, atol=SAME) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])  # qwen2 has biases
-def test_compiled_it_computes_the_same_and_copies_nothing_to_add_to_it(arch):
+@pytest.mark.parametrize(("arch", "times"), [("llama", 1.0), ("qwen2", 1.0), ("llama", 2.0)])  # qwen2 has biases
+def test_compiled_it_computes_the_same_and_copies_nothing_to_add_to_it(arch, times, monkeypatch):
     """`addmm(out, ...)`, which a compiler makes of an addition in place, copies `out` first."""
     from torch._dynamo.backends.common import aot_autograd
 
+    monkeypatch.setattr(matmul, "times", times)
     seen = set()
 
     def collect(graph, _):
