@@ -31,18 +31,18 @@ def in_fp32(share: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch
     return product.add_(share).to(share.dtype)
 
 
-WAYS: dict[str, Add] = {  # each may write over the share
-    "product rounded, then added": lambda share, x, weight: share.add_(x @ weight),
-    "added in place": lambda share, x, weight: share.addmm_(x, weight),
-    "twice a half added in place": lambda share, x, weight: share.mul_(0.5).addmm_(x, weight, beta=2),
-    "added out of place": torch.addmm,
-    "added in fp32": in_fp32,
+WAYS: dict[str, tuple[float, Add]] = {  # what the share is divided by as it is written, and how it is added
+    "product rounded, then added": (1, lambda share, x, weight: share.add_(x @ weight)),
+    "added in place": (1, lambda share, x, weight: share.addmm_(x, weight)),
+    "twice a half added in place": (2, lambda share, x, weight: share.addmm_(x, weight, beta=2)),
+    "added out of place": (1, torch.addmm),
+    "added in fp32": (1, in_fp32),
 }
 
 
-def kept(add: Add, share: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+def kept(part: float, add: Add, share: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
     """Of the share, on average over all numbers: 1 where nothing is lost."""
-    without, found = (add(one, x, weight).float() for one in (torch.zeros_like(share), share.clone()))
+    without, found = (add(one, x, weight).float() for one in (torch.zeros_like(share), share / part))
     return float(((found - without) * share).sum() / share.float().square().sum())
 
 
@@ -74,8 +74,9 @@ def main() -> None:
         x = torch.randn(arguments.rows, width, device=device, dtype=torch.bfloat16)
         weight = (torch.randn(out, width, device=device) / width**0.5).to(x.dtype).T  # as a layer has it
         share = (SMALL * torch.randn(arguments.rows, out, device=device)).to(x.dtype)
-        for name, add in WAYS.items():
-            found = {"kept": round(kept(add, share, x, weight), 3), "ms": round(milliseconds(add, share, x, weight), 3)}
+        for name, (part, add) in WAYS.items():
+            measured = kept(part, add, share, x, weight), milliseconds(add, share, x, weight)
+            found = dict(zip(("kept", "ms"), (round(one, 3) for one in measured), strict=True))
             rows.append({"in": width, "out": out, "rows": arguments.rows, "way": name, **found})
     output = arguments.output or Path(f"benchmarks/results/adds-{machine.kind()}.json")
     output.write_text(json.dumps(machine.describe() | {"rows": rows}, indent=1) + "\n")

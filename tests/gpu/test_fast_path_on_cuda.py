@@ -221,7 +221,7 @@ def test_scores_of_packed_completions_equal_those_of_padded_ones(device):
 def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost(bias, monkeypatch, device):
     """In the way of adding that is chosen for the card; what it says is shown where it is not enough."""
     monkeypatch.setattr(matmul, "times", 1.0)
-    print(matmul.choose_adding(torch.nn.Linear(2560, 4096, device=device)))
+    print(matmul.choose_adding(torch.nn.Linear(256, 512, device=device)))
     check_share(device, bias)
 
 

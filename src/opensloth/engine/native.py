@@ -41,7 +41,8 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         notes.append(f"attention over packs: {flash.use_fastest(model.config, device, dtype)}")
     if job.load_in_4bit and device.type == "cuda":
         notes.append(f"the kernel for weights in 4 bits: {matmul.use_kernel(model)}")
-    if device.type == "cuda" and dtype == torch.bfloat16 and not job.full_finetuning:
+    ours = not (job.full_finetuning or job.load_in_8bit or job.lora_dropout)
+    if device.type == "cuda" and dtype == torch.bfloat16 and ours:
         notes.append(f"an adapter's share is added {matmul.choose_adding(model)}")
     if not job.full_finetuning:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through
