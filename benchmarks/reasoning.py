@@ -51,6 +51,8 @@ CONTROL = {
     "lr": 3e-4,
     "lr-scheduler": "constant",
     "max-seq-length": 256,
+    "max-steps": 100_000,
+    "save-steps": 500,
 }
 TRL_STEPS = 20  # TRL's steps take so long that it is compared with our run after as many of them
 GRPO_DATA = {
@@ -123,8 +125,7 @@ def control(arguments: argparse.Namespace) -> None:
     arguments.seconds = min(arguments.seconds, spent - seconds_of(arguments.work / "control"))
     if arguments.seconds <= 0:
         return
-    recipe = CONTROL | {"max-steps": 100_000, "save-steps": 500}
-    together(arguments, [train("sft", ARITHMETIC, str(arguments.work / "sft"), arguments.work / "control", recipe)])
+    together(arguments, [train("sft", ARITHMETIC, str(arguments.work / "sft"), arguments.work / "control", CONTROL)])
 
 
 def trl(arguments: argparse.Namespace) -> None:

@@ -17,9 +17,7 @@ from opensloth import paths
 from opensloth.engine.attention import Boundaries
 
 MODULE = "flash_attn.cute.interface"
-TWO_BLOCKS = (
-    129  # tokens, in the backward pass, whose blocks have up to 128: rows of one block get a kernel of their own
-)
+TWO_BLOCKS = 129  # tokens; the backward pass has blocks of up to 128, and a kernel of its own for rows of one block
 KEEPS, KEPT_IN = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
 

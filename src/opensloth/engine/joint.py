@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from opensloth.config.run import TrainOptions
-from opensloth.engine.lora_layer import TOGETHER, OneMatmul, Together, is_plain, state_of
+from opensloth.engine.lora_layer import TOGETHER, OneMatmul, Together, is_plain, state_of, will_be_plain
 from opensloth.engine.mlp import LAYERS, Gated, act
 
 KINDS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
@@ -44,8 +44,7 @@ def will_be_gated(bare: Callable[[], nn.Module], options: TrainOptions) -> bool:
     Args:
         bare: makes the model without its weights; it is not asked where the options rule it out.
     """
-    plain = not (options.full_finetuning or options.load_in_8bit or options.lora_dropout)
-    return plain and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, bare().modules()))
+    return will_be_plain(options) and {*LAYERS} <= {*options.lora_targets} and any(map(gate_of, bare().modules()))
 
 
 def gated(model: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from opensloth.engine.lora import trainable
+
 
 class Leaves:
     """Parameters that share their memory with those of a model that train.
@@ -20,7 +22,7 @@ class Leaves:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = list(trainable(model).values())
         self.fresh = [nn.Parameter(parameter.detach()) for parameter in self.trained]
         order = {parameter: place for place, parameter in enumerate(self.trained)}
         self.places = [  # a parameter may have several, where layers share it

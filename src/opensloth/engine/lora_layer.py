@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
+from opensloth.config.run import TrainOptions
 from opensloth.engine.matmul import dense, in_float32, products, with_share
 
 TOGETHER = ("q_proj", "k_proj", "v_proj")  # layers of a module that read its input
@@ -103,6 +104,11 @@ def is_plain(layer: Any, name: str, trains: bool = False) -> bool:
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
         return False
     return isinstance(layer.lora_dropout[name], nn.Identity) or not (layer.training or trains)
+
+
+def will_be_plain(options: TrainOptions) -> bool:
+    """As `is_plain` of layers that train, on bases that ours serve, by what a job asks for."""
+    return not (options.full_finetuning or options.load_in_8bit or options.lora_dropout)
 
 
 def state_of(base: Any) -> Any:

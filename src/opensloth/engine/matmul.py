@@ -15,6 +15,9 @@ MOST_TIMES = 1.5  # as long as a matmul that rounds twice: far from what other w
 MOST_OUT = 32_768  # numbers that a layer gives; a head gives more, and has no adapter
 TRIED_ROWS, TRIED_TIMES = 4096, 10
 
+Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What is made of a share and two factors: the share, which may be written over, and the product."""
+
 
 def by_bitsandbytes(weight: Any, state: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
@@ -84,25 +87,25 @@ def products(
     lefts: Iterable[torch.Tensor],
     rights: Iterable[torch.Tensor],
     bias: torch.Tensor | None = None,
-    times: float = 1.0,
+    beta: float = 1.0,
 ) -> torch.Tensor:
-    """The sum of left right and the bias: each matmul adds to what the ones before made, `times` as much of it.
+    """The sum of left right and the bias: each matmul adds to what the ones before made, `beta` times as much of it.
 
     The compiler makes everything functional, and would copy all activations before each sum: for it this is one
     operator that it does not look into. Elsewhere a generator's next matrix is made once the one before was used.
     """
     if torch.compiler.is_compiling():
-        found: torch.Tensor = products_as_one(list(lefts), list(rights), bias, times)
+        found: torch.Tensor = products_as_one(list(lefts), list(rights), bias, beta)
         return found
-    return products_in_place(lefts, rights, bias, times)
+    return products_in_place(lefts, rights, bias, beta)
 
 
 def products_in_place(
-    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None, times: float
+    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None, beta: float
 ) -> torch.Tensor:
     out: torch.Tensor | None = None
     for left, right in zip(lefts, rights, strict=True):
-        out = left @ right if out is None else out.addmm_(left, right, beta=times)
+        out = left @ right if out is None else out.addmm_(left, right, beta=beta)
     assert out is not None, "a sum of nothing"
     return out if bias is None else out.add_(bias)
 
@@ -111,7 +114,7 @@ products_as_one = torch.library.custom_op(
     "opensloth::products",
     products_in_place,
     mutates_args=(),
-    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias, float times) -> Tensor",
+    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias, float beta) -> Tensor",
 )
 products_as_one.register_fake(lambda lefts, rights, *_: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
 
@@ -129,13 +132,14 @@ def choose_adding(model: nn.Module) -> str:
     shapes = dict.fromkeys((one.out_features, one.in_features, one.weight.device) for one in layers)
     if not shapes:
         return "in place: there is no layer to try it on"
-    found = min(Trial(*shape).kept(1.0) for shape in shapes)
+    trials = [Trial(*shape) for shape in shapes]
+    found = min(trial.kept(1.0) for trial in trials)
     if found >= MOST:
         return f"in place: {found:.0%} of a small one is kept"
-    halved = min(Trial(*shape).kept(2.0) for shape in shapes)
+    halved = min(trial.kept(2.0) for trial in trials)
     if halved < MOST:
         return f"in place: of a small one {found:.0%} is kept, and {halved:.0%} where it is halved and doubled again"
-    longer = max(Trial(*shape).seconds(2.0) / Trial(*shape).seconds(1.0) for shape in shapes)
+    longer = max(trial.seconds(2.0) / trial.seconds(1.0) for trial in trials)
     if longer > MOST_TIMES:
         return f"in place: of a small one {found:.0%} is kept, and all of it would take {longer:.2f} times as long"
     times = 2.0
@@ -145,19 +149,25 @@ def choose_adding(model: nn.Module) -> str:
 class Trial:
     """A small share, and two factors of a product of about 1. The random numbers of the run stay as they are."""
 
-    def __init__(self, out: int, width: int, device: torch.device) -> None:
+    def __init__(self, out: int, width: int, device: torch.device, rows: int = TRIED_ROWS) -> None:
         own = torch.Generator(device).manual_seed(0)
 
         def numbers(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=own, device=device)
 
-        self.share = (SMALL * numbers(TRIED_ROWS, out)).bfloat16()
-        self.x, self.weight = numbers(TRIED_ROWS, width).bfloat16(), (numbers(out, width) / width**0.5).bfloat16().T
+        self.share = (SMALL * numbers(rows, out)).bfloat16()
+        self.x, self.weight = numbers(rows, width).bfloat16(), (numbers(out, width) / width**0.5).bfloat16().T
 
-    def kept(self, factor: float) -> float:
-        """Of the share, on average."""
+    def kept(self, factor: float, add: Add | None = None) -> float:
+        """Of the share, on average: 1 where nothing is lost.
+
+        Args:
+            factor: what the share is divided by as it is written.
+            add: how the product is added to it; in place, to `factor` times as much, unless told.
+        """
+        add = add or (lambda share, x, weight: share.addmm_(x, weight, beta=factor))
         begun = (torch.zeros_like(self.share), self.share / factor)
-        without, found = (one.addmm_(self.x, self.weight, beta=factor).float() for one in begun)
+        without, found = (add(one, self.x, self.weight).float() for one in begun)
         return float(((found - without) * self.share).sum() / self.share.float().square().sum())
 
     def seconds(self, factor: float) -> float:

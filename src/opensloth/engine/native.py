@@ -14,6 +14,7 @@ from opensloth.engine import attention, choose, flash, lora, matmul
 from opensloth.engine import head as last_layer
 from opensloth.engine.fused import fuse
 from opensloth.engine.joint import gated, join
+from opensloth.engine.lora_layer import will_be_plain
 from opensloth.engine.loss import pack_loss, padded_loss
 from opensloth.engine.memory import Means
 from opensloth.engine.model import Engine
@@ -41,8 +42,7 @@ def load(job: RunJob, ref: ModelRef, *, seed: int, device: torch.device, packing
         notes.append(f"attention over packs: {flash.use_fastest(model.config, device, dtype)}")
     if job.load_in_4bit and device.type == "cuda":
         notes.append(f"the kernel for weights in 4 bits: {matmul.use_kernel(model)}")
-    ours = not (job.full_finetuning or job.load_in_8bit or job.lora_dropout)
-    if device.type == "cuda" and dtype == torch.bfloat16 and ours:
+    if device.type == "cuda" and dtype == torch.bfloat16 and will_be_plain(job):
         notes.append(f"an adapter's share is added {matmul.choose_adding(model)}")
     if not job.full_finetuning:
         # peft's prepare_model_for_kbit_training would make embeddings, norms and head fp32, and all that passes through

@@ -153,22 +153,20 @@ def open_run(
     right.
     """
     check_output(output)
-    earlier = processes_of(output)
     if job.force and leads(world):  # who comes later would remove the run that has begun
         empty(output)
-    different = settings_apart(output, record["identity"])
-    if different and not (output / RESULT).exists() and not (output / CHECKPOINTS).exists():
+    if different := settings_apart(output, record["identity"]):
+        if (output / RESULT).exists() or (output / CHECKPOINTS).exists():
+            shown = ", ".join(different[:5])
+            raise UserError(
+                f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
+            )
         empty(output)
-        earlier, different = 0, []
-    if different:
-        shown = ", ".join(different[:5])
-        raise UserError(
-            f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
-        )
     if (output / RESULT).exists():
         figures: dict[str, Any] = paths.read_json(output / RESULT, "a finished run")
         return figures
     check_resume(job, output)
+    earlier = processes_of(output)
     if not job.force and earlier not in (0, world.processes):
         log.say(f"processes: {earlier} before, {world.processes} now; steps and rows follow from data and seed alone")
     texts = {name: make() for name, make in files.items() if not (output / name).exists()}
