@@ -40,7 +40,10 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
-    memory = plan.choose(engine, job, place.device, longest=longest, step=laid_out.largest_share(place.processes))
+    recordable = all(of_all(engine.packs_natively and engine.recordable))
+    recorded = choose.graphs(job, place.device, recordable, lambda: 1.0).value == "on"  # if rows will fill the packs
+    share = laid_out.largest_share(place.processes)
+    memory = plan.choose(engine, job, place.device, longest=longest, step=share, recorded=recorded)
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
@@ -51,18 +54,19 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = largest_pack(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    run = with_one_shape(run, engine, job, longest, place)
+    run = with_one_shape(run, engine, job, longest, recordable, place)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
 
 
-def with_one_shape(run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, place: Place) -> pack_trainer.Run:
+def with_one_shape(
+    run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, recordable: bool, place: Place
+) -> pack_trainer.Run:
     """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
-    steps, packs = run.steps, engine.packs_natively
+    steps = run.steps
     shape = cache(lambda: steps.shape(longest))  # a look at many steps, if anybody wants it
-    compiling = choose.compilation(job, place.device, packs, sum(steps.plan.step_tokens))
-    recordable = all(of_all(engine.recordable))
-    graphs = choose.graphs(job, place.device, packs and recordable, lambda: steps.filled(shape()))
+    compiling = choose.compilation(job, place.device, engine.packs_natively, sum(steps.plan.step_tokens))
+    graphs = choose.graphs(job, place.device, recordable, lambda: steps.filled(shape()))
     if place.leads:
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
