@@ -1,7 +1,6 @@
 """The written rules behind `auto`: which engine, which number type. Each choice comes with its reason, in words."""
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +9,17 @@ from opensloth.config.run import TrainOptions
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
-WORTH_FILLING = 0.95  # of the tokens of packs of one shape must be real
+SMALL_PACK = 8_192  # tokens: such a pack waits for the host, and is 1.4 times as fast where it does not
+WORTH_FILLING, WORTH_FILLING_SMALL = 0.92, 0.75  # of the tokens of packs of one shape must be real
 
 
 @dataclass(frozen=True)
 class Choice:
     value: str
     why: str
+
+
+RECORDED = Choice("on", "a pack is two launches for the host, not thousands")
 
 
 def engine(options: TrainOptions, device: torch.device) -> Choice:
@@ -76,12 +79,11 @@ def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens
     return Choice("on", "it takes a minute, once, and is kept for the next run")
 
 
-def graphs(options: TrainOptions, device: torch.device, recordable: bool, filled: Callable[[], float]) -> Choice:
-    """Whether the passes of packs are recorded as CUDA graphs, "on" or "off" (engine/graphed.py).
+def graphs(options: TrainOptions, device: torch.device, recordable: bool) -> Choice:
+    """Whether the passes of packs are recorded as CUDA graphs, "on" or "off" (engine/graphed.py), if rows fill packs.
 
     Args:
         recordable: whether the host does the same for every pack of a shape.
-        filled: finds the share of real tokens in packs that are all filled up to one shape.
     """
     if options.cuda_graphs == "off":
         return Choice("off", "as asked")
@@ -93,9 +95,18 @@ def graphs(options: TrainOptions, device: torch.device, recordable: bool, filled
         return Choice("off", "they are for adapters, on a base in 16 or 4 bits")
     if not recordable:
         return Choice("off", "the host does not do the same for each pack with this model")
-    if (share := filled()) < WORTH_FILLING:
-        return Choice("off", f"with packs of one size {1 - share:.0%} of all tokens would be padding")
-    return Choice("on", "a pack is two launches for the host, not thousands")
+    return RECORDED
+
+
+def graphs_of(filled: float, pack_tokens: int) -> Choice:
+    """The same, once it is known how packs are filled.
+
+    Args:
+        filled: the share of real tokens in packs that are all filled up to one shape.
+    """
+    if filled < (WORTH_FILLING_SMALL if pack_tokens < SMALL_PACK else WORTH_FILLING):
+        return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
+    return RECORDED
 
 
 def cpu_has_bfloat16() -> bool:

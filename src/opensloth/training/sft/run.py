@@ -40,10 +40,9 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
-    recordable = all(of_all(engine.packs_natively and engine.recordable))
-    recorded = choose.graphs(job, place.device, recordable, lambda: 1.0).value == "on"  # if rows will fill the packs
+    graphs = choose.graphs(job, place.device, all(of_all(engine.packs_natively and engine.recordable)))
     share = laid_out.largest_share(place.processes)
-    memory = plan.choose(engine, job, place.device, longest=longest, step=share, recorded=recorded)
+    memory = plan.choose(engine, job, place.device, longest=longest, step=share, recorded=graphs.value == "on")
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
@@ -54,19 +53,20 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
         attempt = largest_pack(prepared, batcher, engine, place.device)
         pack_tokens = rehearse(engine, memory, longest, place.device, attempt)
     run = describe_run(files, prepared, engine, batcher, laid_out, pack_tokens, place)
-    run = with_one_shape(run, engine, job, longest, recordable, place)
+    run = with_one_shape(run, engine, job, longest, graphs, place)
     trainer = build_trainer(run, job, prepared, engine, memory.checkpointing, seed, place)
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
 
 
 def with_one_shape(
-    run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, recordable: bool, place: Place
+    run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, graphs: choose.Choice, place: Place
 ) -> pack_trainer.Run:
     """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
     steps = run.steps
     shape = cache(lambda: steps.shape(longest))  # a look at many steps, if anybody wants it
     compiling = choose.compilation(job, place.device, engine.packs_natively, sum(steps.plan.step_tokens))
-    graphs = choose.graphs(job, place.device, recordable, lambda: steps.filled(shape()))
+    if graphs.value == "on":
+        graphs = choose.graphs_of(steps.filled(shape()), shape().tokens)
     if place.leads:
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
