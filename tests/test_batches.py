@@ -20,7 +20,8 @@ def prompt_row(index):
 def prepared(count=ROWS, held_out=()):
     is_eval = np.zeros(count, bool)
     is_eval[list(held_out)] = True
-    return SimpleNamespace(directory="data", is_eval=is_eval, rows=SimpleNamespace(prompt=prompt_row))
+    rows = SimpleNamespace(prompt=prompt_row, find=lambda row_id: row_id - 1000)
+    return SimpleNamespace(directory="data", is_eval=is_eval, rows=rows)
 
 
 def laid_out(data=None, *, processes=1, seed=0, left_out=(), **options):

@@ -168,10 +168,9 @@ def gold_failures(job: GrpoJob, prepared: "Prepared", rewards: list[WeightedRewa
     with log.progress("Checking the gold answers", count, "rows") as progress:
 
         def rows() -> Iterator[dict[str, Any]]:
-            for index in range(count):
-                row = prepared.rows.prompt(index)
-                yield {"row_id": row.row_id, "answer": row.answer}
-                progress(index + 1)
+            for number, row in enumerate(prepared.rows.answers(), 1):
+                yield row
+                progress(number)
 
         failures = gold_check(rows(), rewards=names, tags=prepared.contract.tags)
     first = "; ".join(f"row {one.row}: {one.answer!r}, {one.reason}" for one in failures[:2])

@@ -5,6 +5,7 @@ A row whose gold answer cannot earn the top score teaches nothing, however good 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from opensloth.rewards.quantities import quantity
@@ -37,22 +38,26 @@ def gold_check(
     """
     tags = tags or default_tags()
     asked = [(name, get(name, tags=tags)) for name in rewards if name in TOP]
+
+    @cache
+    def fault(gold: str) -> str:
+        """What is wrong with an answer, or nothing. Many rows have the same."""
+        completions = [tags.turn(WORKING, text).removeprefix(tags.working_start) for text in (gold, other_than(gold))]
+        for reward, function in asked:
+            right, wrong = function(prompts=["", ""], completions=completions, answer=[gold, gold])
+            if right != TOP[reward]:
+                return f"{reward} gives its own answer {right}, not {TOP[reward]}"
+            if reward != "math_format" and wrong == TOP[reward]:
+                return f"{reward} gives {other_than(gold)!r} the top score too"
+        return ""
+
     failures = []
     for place, row in enumerate(rows):
         name, answer = row.get("row_id", place), row.get("answer")
         if answer is None or not str(answer).strip():
             failures.append(GoldFailure(name, "", "there is no answer"))
-            continue
-        gold = str(answer)
-        completions = [tags.turn(WORKING, text).removeprefix(tags.working_start) for text in (gold, other_than(gold))]
-        for reward, function in asked:
-            right, wrong = function(prompts=["", ""], completions=completions, answer=[gold, gold])
-            if right != TOP[reward]:
-                failures.append(GoldFailure(name, gold, f"{reward} gives its own answer {right}, not {TOP[reward]}"))
-                break
-            if reward != "math_format" and wrong == TOP[reward]:
-                failures.append(GoldFailure(name, gold, f"{reward} gives {other_than(gold)!r} the top score too"))
-                break
+        elif reason := fault(str(answer)):
+            failures.append(GoldFailure(name, str(answer), reason))
     return failures
 
 

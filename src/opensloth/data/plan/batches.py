@@ -56,8 +56,8 @@ def lay_out(
     check_batch(options, processes)
     rows = np.flatnonzero(~prepared.is_eval)
     if left_out:
-        out = set(left_out)
-        rows = rows[[prepared.rows.prompt(int(row)).row_id not in out for row in rows]]
+        places = [place for row_id in left_out if (place := prepared.rows.find(row_id)) is not None]
+        rows = rows[~np.isin(rows, places)]
     if len(rows) < each:
         raise UserError(
             f"{prepared.directory} holds {len(rows):,} prompts to train on, fewer than --prompts-per-step {each}.",

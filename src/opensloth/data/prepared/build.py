@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 500
 BATCH_CHARACTERS = 2_000_000  # ends a batch of long rows early, so that a batch is a few megabytes at most
-LITTLE = 8  # so many batches are done sooner here than processes start
+START_SECONDS = 2.5  # what a pool's processes take to start, each of them on a core of its own
 UNDER_WAY = 3  # batches per worker
 
 Builder = RowBuilder | PromptBuilder
@@ -88,16 +89,18 @@ def build_all(
 ) -> Iterator[Built]:
     """Build every row, in order. Raises what the builders raise, and WorkerFailed where a process died.
 
-    `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves.
+    `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves. Who builds a row changes
+    nothing about it: a pool starts once that many seconds were spent here, as much data is done before.
     """
-    batches = batched(rows)
-    first = list(islice(batches, LITTLE + 1))
-    if workers == 1 or len(first) <= LITTLE:
-        builder = recipe.builder(tokenizer)
-        for batch in chain(first, batches):
-            yield build(builder, batch)
-    else:
-        yield from build_in_pool(chain(first, batches), recipe, workers)
+    batches, builder, spent = batched(rows), recipe.builder(tokenizer), 0.0
+    for batch in batches:
+        if workers > 1 and spent > START_SECONDS:
+            yield from build_in_pool(chain([batch], batches), recipe, workers)
+            return
+        begin = time.monotonic()
+        built = build(builder, batch)
+        spent += time.monotonic() - begin
+        yield built
 
 
 def build(builder: Builder, batch: list[RawRow]) -> Built:

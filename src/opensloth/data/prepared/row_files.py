@@ -7,7 +7,7 @@ Nothing here needs that library.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -229,11 +229,15 @@ class Rows:
             columns=json.loads(stored["columns"]),
         )
 
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """`row_id` and `answer` of every prompt for GRPO, in order."""
+        for batch in self._batches:
+            yield from batch.select(["row_id", "answer"]).to_pylist()
+
     def prompt_columns(self) -> set[str]:
         """The names of the source's other columns: of all rows, for a row of JSON may lack some."""
-        return {
-            name for batch in self._batches for text in batch.column("columns") for name in json.loads(text.as_py())
-        }
+        texts = {text for batch in self._batches for text in batch.column("columns").unique().to_pylist()}
+        return {name for text in texts for name in json.loads(text)}
 
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self):
