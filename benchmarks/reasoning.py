@@ -38,8 +38,8 @@ GRPO = {
     "prompts-per-step": 32,
     "group-size": 16,
     "max-new": 64,
-    "samples": 20000,
-    "max-steps": 60,
+    "samples": 2000,  # more than the steps come to
+    "max-steps": 45,
     "lr": 2e-4,
     "pack-tokens": 24576,  # a batch and its prompts
     "save-steps": 20,
