@@ -171,6 +171,17 @@ def test_how_a_share_is_added_is_chosen_by_what_is_kept(kept, times, said, monke
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
+def test_what_is_recorded_adds_in_place(monkeypatch):
+    """A third of the share is not what it is in 16 bits: the sum tells the ways apart."""
+    torch.manual_seed(0)
+    low, up, x, weight = (torch.randn(8, 8).bfloat16() for _ in range(4))
+    in_place = matmul.with_share((low, up), (x, weight), None)
+    monkeypatch.setattr(matmul, "times", 3.0)
+    assert not torch.equal(matmul.with_share((low, up), (x, weight), None), in_place)
+    monkeypatch.setattr(matmul, "recorded", lambda x: True)
+    assert torch.equal(matmul.with_share((low, up), (x, weight), None), in_place)
+
+
 def test_a_cpu_keeps_a_small_share_in_either_way():
     trial = matmul.Trial(256, 64, torch.device("cpu"))
     assert [trial.kept(1.0), trial.kept(2.0)] == pytest.approx([1.0, 1.0], abs=0.1)

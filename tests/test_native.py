@@ -217,8 +217,13 @@ def test_passes_are_recorded_on_a_card_where_the_host_does_the_same_for_each_pac
 
 def test_passes_are_recorded_where_rows_fill_packs_of_one_shape():
     """A small pack gains more by it than a large one, and may be emptier."""
-    found = [choose.graphs_of(filled, tokens).value for tokens in (4_096, 32_768) for filled in (0.7, 0.9, 0.99)]
+    found = [choose.graphs_of(filled, tokens, False).value for tokens in (4_096, 32_768) for filled in (0.7, 0.9, 0.99)]
     assert found == ["off", "on", "on", "off", "off", "on"]
+
+
+def test_large_packs_are_not_recorded_where_that_rounds_more():
+    found = [choose.graphs_of(0.99, tokens, True).value for tokens in (4_096, 32_768)]
+    assert found == ["on", "off"]
 
 
 @pytest.mark.parametrize(("dropout", "expected"), [(0.0, True), (0.1, False)])

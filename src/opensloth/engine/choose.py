@@ -98,13 +98,17 @@ def graphs(options: TrainOptions, device: torch.device, recordable: bool) -> Cho
     return RECORDED
 
 
-def graphs_of(filled: float, pack_tokens: int) -> Choice:
+def graphs_of(filled: float, pack_tokens: int, rounds_more: bool) -> Choice:
     """The same, once it is known how packs are filled.
 
     Args:
         filled: the share of real tokens in packs that are all filled up to one shape.
+        rounds_more: whether recorded passes round an adapter's share where others do not (engine/matmul.py).
     """
-    if filled < (WORTH_FILLING_SMALL if pack_tokens < SMALL_PACK else WORTH_FILLING):
+    small = pack_tokens < SMALL_PACK
+    if rounds_more and not small:
+        return Choice("off", "the host keeps up with packs of this size, and an adapter's share is rounded less")
+    if filled < (WORTH_FILLING_SMALL if small else WORTH_FILLING):
         return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
     return RECORDED
 

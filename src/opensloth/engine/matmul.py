@@ -73,38 +73,53 @@ times = 1.0
 """What a matmul multiplies an adapter's share by when it adds to it: 1, or the 2 that `choose_adding` has chosen."""
 
 
+def recorded(x: torch.Tensor) -> bool:
+    """Whether what is done with x goes into a recording (engine/graphed.py).
+
+    `times` is 1 there. Recorded, the kernels that multiply what is there ended 5 of 13 runs on H200s, which trained
+    beside others on their card, with an "unspecified launch failure", once in about 200 steps (docs/performance.md).
+    Launched one by one they never did, nor did recorded ones that add in place.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def with_share(
     share: tuple[torch.Tensor, torch.Tensor], product: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Two products and the bias. The first, an adapter's share, may be smaller than the last digit of the second: it is
     written first, and what adds to it is rounded once, as far as the card's matmuls do so at all."""
-    low, up = share
-    return products([low, product[0]], [up if times == 1 else up / times, product[1]], bias, times)
+    lefts, rights = zip(share, product, strict=True)
+    return products(lefts, rights, bias, share=True)
 
 
 def products(
-    lefts: Iterable[torch.Tensor],
-    rights: Iterable[torch.Tensor],
-    bias: torch.Tensor | None = None,
-    beta: float = 1.0,
+    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None = None, share: bool = False
 ) -> torch.Tensor:
-    """The sum of left right and the bias: each matmul adds to what the ones before made, `beta` times as much of it.
+    """The sum of left right and the bias: each matmul adds to what the ones before made.
 
     The compiler makes everything functional, and would copy all activations before each sum: for it this is one
     operator that it does not look into. Elsewhere a generator's next matrix is made once the one before was used.
+
+    Args:
+        share: the first of two products is an adapter's share; a part of it is written, and as many times added to.
     """
     if torch.compiler.is_compiling():
-        found: torch.Tensor = products_as_one(list(lefts), list(rights), bias, beta)
+        found: torch.Tensor = products_as_one(list(lefts), list(rights), bias, share)
         return found
-    return products_in_place(lefts, rights, bias, beta)
+    return products_in_place(lefts, rights, bias, share)
 
 
 def products_in_place(
-    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None, beta: float
+    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None, share: bool
 ) -> torch.Tensor:
     out: torch.Tensor | None = None
+    beta = 1.0
     for left, right in zip(lefts, rights, strict=True):
-        out = left @ right if out is None else out.addmm_(left, right, beta=beta)
+        if out is None:
+            beta = times if share and not recorded(left) else 1.0
+            out = left @ (right if beta == 1 else right / beta)
+        else:
+            out.addmm_(left, right, beta=beta)
     assert out is not None, "a sum of nothing"
     return out if bias is None else out.add_(bias)
 
@@ -113,7 +128,7 @@ products_as_one = torch.library.custom_op(
     "opensloth::products",
     products_in_place,
     mutates_args=(),
-    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias, float beta) -> Tensor",
+    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias, bool share) -> Tensor",
 )
 products_as_one.register_fake(lambda lefts, rights, *_: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
 

@@ -15,7 +15,7 @@ from opensloth.config.jobs import SftJob
 from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
-from opensloth.engine import Engine, choose, load
+from opensloth.engine import Engine, choose, load, matmul
 from opensloth.training import plan
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
@@ -66,7 +66,10 @@ def with_one_shape(
     shape = cache(lambda: steps.shape(longest))  # a look at many steps, if anybody wants it
     compiling = choose.compilation(job, place.device, engine.packs_natively, sum(steps.plan.step_tokens))
     if graphs.value == "on":
-        graphs = choose.graphs_of(steps.filled(shape()), shape().tokens)
+        rounds_more = matmul.times != 1
+        graphs = choose.graphs_of(steps.filled(shape()), shape().tokens, rounds_more)
+        if place.leads and graphs.value == "on" and rounds_more:
+            log.say("recorded passes add an adapter's share in place")
     if place.leads:
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
