@@ -30,6 +30,7 @@ import profiled
 import series
 import tables
 from processes import end_on_signal
+from rollouts import NOT_MERGED
 from series import HERE, Job, Outcome, Point, Series
 
 WARM_UP = 2  # steps of ours that do not count
@@ -69,7 +70,7 @@ FULL = Plan(
         (LARGE, "graph"),
         (STEP, "generate"),
     ),
-    rollouts=((LARGE, "graph"), (MANY, "graph"), (STEP, "graph"), (LARGE, "generate")),
+    rollouts=((LARGE, "graph"), (MANY, "graph"), (STEP, "graph"), (LARGE, NOT_MERGED), (LARGE, "generate")),
     prompts=512,
     peers=(
         (STEP, "unsloth", "generate"),
@@ -84,7 +85,7 @@ SMALL = Size(8, 8, (8,), steps=4, group=4)
 TINY = Plan(
     "tiny-qwen3",
     ours=((SMALL, "graph"),),
-    rollouts=((SMALL, "graph"), (SMALL, "generate")),
+    rollouts=((SMALL, "graph"), (SMALL, NOT_MERGED), (SMALL, "generate")),
     prompts=32,
     peers=((SMALL, "unsloth", "generate"), (SMALL, "trl", "generate")),
 )

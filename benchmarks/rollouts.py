@@ -2,8 +2,8 @@
 
 usage: python benchmarks/rollouts.py JOB.json    (as benchmarks/series.py writes it)
 
-The engine, the decoder and the number of completions at once are those that `os-grpo` chooses for such a step. The
-first calls record graphs and do not count.
+The engine, the decoder and the number of completions at once are those that `os-grpo` chooses for such a step; in the
+setting NOT_MERGED alone the adapter stays beside its base. The first calls record graphs and do not count.
 """
 
 import gc
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from series import keep_measured
 WARM_UP = 2  # calls that do not count
 CALLS = 5  # at most, and no more after so many seconds:
 ENOUGH_SECONDS = 10
+NOT_MERGED = "graph, adapter not merged"
 
 
 def main() -> None:
@@ -56,12 +58,19 @@ def measure(told: dict[str, Any], point: dict[str, Any], place: Any) -> dict[str
 
     prepared = open_prepared(Path(told["data"]))
     group, completions, new = point["group"], point["completions"], point["new_tokens"]
-    settings = {"data": told["data"], "model": told["model_directory"], "max_new": new, "rollout": point["setting"]}
+    settings = {
+        "data": told["data"],
+        "model": told["model_directory"],
+        "max_new": new,
+        "rollout": point["setting"].split(",")[0],
+    }
     job = GrpoJob.model_validate({**settings, "prompts_per_step": completions // group, "group_size": group})
     longest = int(prepared.lengths.max()) + new
     ref = resolve_model(told["model_directory"])
     engine = load(job, ref, seed=0, device=place.device, packing=True, longest=longest)
     decoder = writer(job, ref, engine, place, longest)
+    if point["setting"] == NOT_MERGED:
+        decoder.merge = nullcontext
     room = room_for_rollouts(job, engine, decoder, place, longest, False) if decoder else None
     at_once = room.rows if room else None
     prompts = [prepared.rows.prompt(row // group).input_ids for row in range(completions)]
