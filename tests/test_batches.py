@@ -20,7 +20,7 @@ def prompt_row(index):
 def prepared(count=ROWS, held_out=()):
     is_eval = np.zeros(count, bool)
     is_eval[list(held_out)] = True
-    rows = SimpleNamespace(prompt=prompt_row, find=lambda row_id: row_id - 1000)
+    rows = SimpleNamespace(prompt=prompt_row, ids=lambda: np.arange(count) + 1000)
     return SimpleNamespace(directory="data", is_eval=is_eval, rows=rows)
 
 

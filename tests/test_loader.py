@@ -1,16 +1,20 @@
 """From prepared data to micro-batches and their loss: however a step is divided, it adds up to the same."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opensloth.config.jobs import DataJob
+from opensloth.config.jobs import DataJob, SftJob
 from opensloth.config.run import SftOptions
 from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
-from opensloth.engine import attention
+from opensloth.engine import attention, choose, matmul
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
+from opensloth.engine.memory import MemoryPlan
+from opensloth.training.place import Place
+from opensloth.training.sft import run
 from opensloth.training.sft.loader import Batcher, Steps, eval_packs
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from training_fixtures import write_rows
@@ -216,3 +220,30 @@ def test_the_loader_gives_whole_steps_in_order(prepared):
     assert [step["number"] for step in steps.loader(pinned=False)] == list(range(len(steps)))
     with pytest.raises(IndexError):
         steps[len(steps)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "times", "expected"),
+    [
+        ({}, 1.0, ("none", "on")),
+        ({}, 2.0, ("none", "on")),
+        ({"SMALL_PACK": 8, "WORTH_FILLING": 0.0}, 1.0, ("none", "on")),
+        ({"SMALL_PACK": 8, "WORTH_FILLING": 0.0}, 2.0, ("selective", "off")),  # large, and slower
+        ({"WORTH_FILLING_SMALL": 1.1}, 1.0, ("selective", "off")),  # rows do not fill them
+    ],
+)
+def test_packs_are_small_only_where_they_are_recorded(prepared, changed, times, expected, monkeypatch):
+    def plan(*_, longest, step, may_record=False):
+        return MemoryPlan(160, "none") if may_record else MemoryPlan(400, "selective")
+
+    monkeypatch.setattr(run.plan, "choose", plan)
+    monkeypatch.setattr(choose, "may_record", lambda *_: choose.RECORDED)
+    monkeypatch.setattr(choose, "WORTH_FILLING_SMALL", 0.0)
+    monkeypatch.setattr(matmul, "times", times)
+    for name, value in changed.items():
+        monkeypatch.setattr(choose, name, value)
+    job, engine = SftJob(data=prepared.directory, tokens_per_step=400), SimpleNamespace(packs_natively=1, recordable=1)
+    laid_out = schedule(prepared, job, seed=1, processes=1, packing=True)
+    longest, place = int(prepared.lengths.max()), Place(0, 1, torch.device("cpu"), "gloo")
+    memory, graphs = run.fitted(engine, job, laid_out, Batcher(prepared, True, pad_id=0), longest, place)
+    assert (memory.checkpointing, graphs.value) == expected

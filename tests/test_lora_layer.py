@@ -171,15 +171,19 @@ def test_how_a_share_is_added_is_chosen_by_what_is_kept(kept, times, said, monke
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
-def test_what_is_recorded_adds_in_place(monkeypatch):
-    """A third of the share is not what it is in 16 bits: the sum tells the ways apart."""
-    torch.manual_seed(0)
-    low, up, x, weight = (torch.randn(8, 8).bfloat16() for _ in range(4))
-    in_place = matmul.with_share((low, up), (x, weight), None)
-    monkeypatch.setattr(matmul, "times", 3.0)
-    assert not torch.equal(matmul.with_share((low, up), (x, weight), None), in_place)
-    monkeypatch.setattr(matmul, "recorded", lambda x: True)
-    assert torch.equal(matmul.with_share((low, up), (x, weight), None), in_place)
+def test_what_is_recorded_adds_to_a_product_in_fp32(monkeypatch):
+    """A CPU's own matmul would round it."""
+    monkeypatch.setattr(matmul, "times", 2.0)
+    monkeypatch.setattr(matmul, "being_recorded", lambda x: True)
+    in_float32 = []
+
+    def exactly(left, right):
+        in_float32.append(left.shape)
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(matmul, "in_float32", exactly)
+    check_share(torch.device("cpu"), 0.0)
+    assert in_float32 == [(4096, 256)]
 
 
 def test_a_cpu_keeps_a_small_share_in_either_way():

@@ -63,16 +63,16 @@ def test_what_will_be_gated_is_what_is(changed, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recorded", "longest", "expected"),
+    ("may_record", "longest", "expected"),
     [(False, 2048, ("selective", 6_000)), (True, 2048, ("none", 3_000)), (True, 4096, ("selective", 6_000))],
 )
-def test_recorded_passes_may_be_small_rather_than_recomputed(recorded, longest, expected, monkeypatch):
+def test_recorded_passes_may_be_small_rather_than_recomputed(may_record, longest, expected, monkeypatch):
     """A 4B model in 4 bits on a card of 16 GiB: what is free once its weights are there."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: 13 * memory.GIB)
     options = SftJob(data=Path("data"), load_in_4bit=True)
     means, card = memory.Means(chunked=True, in_place=True, gated=True), torch.device("cuda")
     plan = memory.plan(
-        qwen3("qwen3-4b"), options, card, longest, torch.bfloat16, means=means, step=32_768, recorded=recorded
+        qwen3("qwen3-4b"), options, card, longest, torch.bfloat16, means=means, step=32_768, may_record=may_record
     )
     mode, about = expected
     assert plan.checkpointing == mode

@@ -211,18 +211,22 @@ def test_passes_are_recorded_on_a_card_where_the_host_does_the_same_for_each_pac
         ({"load_in_8bit": True}, card, True, "off"),
         ({}, card, False, "off"),
     ):
-        chosen = choose.graphs(SftJob(data=Path("data"), **options), device, recordable)
+        chosen = choose.may_record(SftJob(data=Path("data"), **options), device, recordable)
         assert (chosen.value, bool(chosen.why)) == (expected, True), options
 
 
 def test_passes_are_recorded_where_rows_fill_packs_of_one_shape():
     """A small pack gains more by it than a large one, and may be emptier."""
-    found = [choose.graphs_of(filled, tokens, False).value for tokens in (4_096, 32_768) for filled in (0.7, 0.9, 0.99)]
+    found = [
+        choose.worth_recording(tokens, lambda share=filled: share, False).value
+        for tokens in (4_096, 32_768)
+        for filled in (0.7, 0.9, 0.99)
+    ]
     assert found == ["off", "on", "on", "off", "off", "on"]
 
 
-def test_large_packs_are_not_recorded_where_that_rounds_more():
-    found = [choose.graphs_of(0.99, tokens, True).value for tokens in (4_096, 32_768)]
+def test_large_packs_are_not_recorded_where_that_adds_shares_more_slowly():
+    found = [choose.worth_recording(tokens, lambda: 0.99, True).value for tokens in (4_096, 32_768)]
     assert found == ["on", "off"]
 
 

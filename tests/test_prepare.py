@@ -262,13 +262,28 @@ def test_an_unwritable_output_is_found_before_the_input_is_read(job, tmp_path):
         )
 
 
+def pools_of(monkeypatch):
+    """The workers of each pool that is started."""
+    started, in_pool = [], build.build_in_pool
+
+    def counted(batches, recipe, workers):
+        started.append(workers)
+        return in_pool(batches, recipe, workers)
+
+    monkeypatch.setattr(build, "build_in_pool", counted)
+    return started
+
+
 def test_workers_write_what_one_process_writes(job, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "BATCH_ROWS", 20)
-    monkeypatch.setattr(build, "START_SECONDS", 0.0)
     rows = [conversation(number) for number in range(400)]
     rows[33] = "{broken"
-    alone = prepare(job(rows, output=tmp_path / "alone"))
+    pools = pools_of(monkeypatch)
+    alone = prepare(job(rows, output=tmp_path / "alone", workers=2))
+    assert not pools  # so little data is done before processes start
+    monkeypatch.setattr(build, "START_SECONDS", -1.0)
     together = prepare(job(output=tmp_path / "together", workers=2))
+    assert pools == [2]
     for name in ("rows/data-00000-of-00001.arrow", "dropped.jsonl", "prompt.json"):
         assert (alone.directory / name).read_bytes() == (together.directory / name).read_bytes()
     assert (alone.plan["pack"] == together.plan["pack"]).all()

@@ -235,7 +235,7 @@ def test_what_is_stored_of_columns_is_json_of_every_reader():
 
 def test_a_pool_of_workers_gives_the_same_prompts(job, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "BATCH_ROWS", 20)
-    monkeypatch.setattr(build, "START_SECONDS", 0.0)
+    monkeypatch.setattr(build, "START_SECONDS", -1.0)
     rows = [question(number, number % 7) for number in range(200)]
     alone = prepare(job(rows, output=tmp_path / "alone"))
     together = prepare(job(rows, output=tmp_path / "together", workers=2))

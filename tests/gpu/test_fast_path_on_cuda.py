@@ -16,6 +16,7 @@ from opensloth.engine.head import Head
 from opensloth.engine.joint import join
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
+from opensloth.engine.tape import Tape
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
 from test_graphed import PACKS, Recorded
 from test_lora_layer import check_share
@@ -223,6 +224,26 @@ def test_the_share_of_an_adapter_that_has_just_begun_is_not_lost(bias, monkeypat
     monkeypatch.setattr(matmul, "times", 1.0)
     print(matmul.choose_adding(torch.nn.Linear(256, 512, device=device)))
     check_share(device, bias)
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_a_recording_keeps_a_small_share_too(as_one, monkeypatch, device):
+    """Of a share of 2e-4 beside a product of 1, what is left on average."""
+    monkeypatch.setattr(matmul, "times", 2.0)
+    torch.manual_seed(0)
+    low, x = (torch.randn(4096, width, device=device).bfloat16() for width in (8, 256))
+    up, weight = (
+        (scale * torch.randn(512, width, device=device)).bfloat16().T for scale, width in ((7e-5, 8), (1 / 16, 256))
+    )
+    add = matmul.with_share_as_one if as_one else matmul.with_share_in_place
+    out = torch.empty(4096, 512, device=device, dtype=torch.bfloat16)
+    add(low, up, x, weight, None)  # libraries load their kernels
+    replay = Tape()(lambda: out.copy_(add(low, up, x, weight, None)))
+    replay()
+    with_it, share = out.float(), low.float() @ up.float()
+    low.zero_()
+    replay()
+    assert float(((with_it - out.float()) * share).sum() / share.square().sum()) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu"])

@@ -68,7 +68,9 @@ class TrainOptions(Settings):
         "auto", "Compile the layers (engine native); auto does for long SFT on a card.", choices=COMPILE
     )
     cuda_graphs: str = option(
-        "auto", "Record the passes of a pack as CUDA graphs (SFT, engine native); auto does on a card.", choices=GRAPHS
+        "auto",
+        "Record the passes of a pack as CUDA graphs (SFT, engine native); auto does on a card where it pays.",
+        choices=GRAPHS,
     )
 
     logging_steps: int = option(1, "Log every N steps.", ge=1)

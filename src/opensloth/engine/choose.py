@@ -1,6 +1,7 @@
 """The written rules behind `auto`: which engine, which number type. Each choice comes with its reason, in words."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,7 @@ def compilation(options: TrainOptions, device: torch.device, packs: bool, tokens
     return Choice("on", "it takes a minute, once, and is kept for the next run")
 
 
-def graphs(options: TrainOptions, device: torch.device, recordable: bool) -> Choice:
+def may_record(options: TrainOptions, device: torch.device, recordable: bool) -> Choice:
     """Whether the passes of packs are recorded as CUDA graphs, "on" or "off" (engine/graphed.py), if rows fill packs.
 
     Args:
@@ -98,18 +99,18 @@ def graphs(options: TrainOptions, device: torch.device, recordable: bool) -> Cho
     return RECORDED
 
 
-def graphs_of(filled: float, pack_tokens: int, rounds_more: bool) -> Choice:
-    """The same, once it is known how packs are filled.
+def worth_recording(pack_tokens: int, filled: Callable[[], float], slower: bool) -> Choice:
+    """The same, once it is known what packs there are.
 
     Args:
-        filled: the share of real tokens in packs that are all filled up to one shape.
-        rounds_more: whether recorded passes round an adapter's share where others do not (engine/matmul.py).
+        filled: finds the share of real tokens in packs that are all filled up to one shape.
+        slower: whether recorded passes add adapters' shares in a slower way (engine/matmul.py).
     """
     small = pack_tokens < SMALL_PACK
-    if rounds_more and not small:
-        return Choice("off", "the host keeps up with packs of this size, and an adapter's share is rounded less")
-    if filled < (WORTH_FILLING_SMALL if small else WORTH_FILLING):
-        return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
+    if slower and not small:
+        return Choice("off", "with packs of this size it gains little, and would add adapters' shares more slowly")
+    if (share := filled()) < (WORTH_FILLING_SMALL if small else WORTH_FILLING):
+        return Choice("off", f"with packs of one size {1 - share:.0%} of all tokens would be padding")
     return RECORDED
 
 

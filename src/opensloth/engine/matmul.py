@@ -73,12 +73,12 @@ times = 1.0
 """What a matmul multiplies an adapter's share by when it adds to it: 1, or the 2 that `choose_adding` has chosen."""
 
 
-def recorded(x: torch.Tensor) -> bool:
+def being_recorded(x: torch.Tensor) -> bool:
     """Whether what is done with x goes into a recording (engine/graphed.py).
 
-    `times` is 1 there. Recorded, the kernels that multiply what is there ended 5 of 13 runs on H200s, which trained
-    beside others on their card, with an "unspecified launch failure", once in about 200 steps (docs/performance.md).
-    Launched one by one they never did, nor did recorded ones that add in place.
+    A share is added in fp32 there. Recorded, the kernels that multiply what is there ended 5 of 13 runs on H200s, which
+    trained beside others on their card, with an "unspecified launch failure", once in about 200 steps
+    (docs/performance.md). Launched one by one they never did.
     """
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -87,50 +87,59 @@ def with_share(
     share: tuple[torch.Tensor, torch.Tensor], product: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Two products and the bias. The first, an adapter's share, may be smaller than the last digit of the second: it is
-    written first, and what adds to it is rounded once, as far as the card's matmuls do so at all."""
-    lefts, rights = zip(share, product, strict=True)
-    return products(lefts, rights, bias, share=True)
+    written first, and what adds to it is rounded once, as far as the card's matmuls do so at all.
 
-
-def products(
-    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None = None, share: bool = False
-) -> torch.Tensor:
-    """The sum of left right and the bias: each matmul adds to what the ones before made.
-
-    The compiler makes everything functional, and would copy all activations before each sum: for it this is one
-    operator that it does not look into. Elsewhere a generator's next matrix is made once the one before was used.
-
-    Args:
-        share: the first of two products is an adapter's share; a part of it is written, and as many times added to.
+    For the compiler, as in `products`, it is one operator.
     """
-    if torch.compiler.is_compiling():
-        found: torch.Tensor = products_as_one(list(lefts), list(rights), bias, share)
-        return found
-    return products_in_place(lefts, rights, bias, share)
+    add = with_share_as_one if torch.compiler.is_compiling() else with_share_in_place
+    found: torch.Tensor = add(*share, *product, bias)
+    return found
 
 
-def products_in_place(
-    lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor], bias: torch.Tensor | None, share: bool
+def with_share_in_place(
+    low: torch.Tensor, up: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    out: torch.Tensor | None = None
-    beta = 1.0
-    for left, right in zip(lefts, rights, strict=True):
-        if out is None:
-            beta = times if share and not recorded(left) else 1.0
-            out = left @ (right if beta == 1 else right / beta)
-        else:
-            out.addmm_(left, right, beta=beta)
-    assert out is not None, "a sum of nothing"
+    if times == 1:
+        out = (low @ up).addmm_(rows, matrix)
+    elif being_recorded(rows):
+        out = low @ up
+        torch.add(in_float32(rows, matrix), out, out=out)
+    else:
+        out = (low @ (up / times)).addmm_(rows, matrix, beta=times)
     return out if bias is None else out.add_(bias)
 
 
-products_as_one = torch.library.custom_op(
-    "opensloth::products",
-    products_in_place,
+def products(lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of left right: each matmul adds to what the ones before made.
+
+    The compiler makes everything functional, and would copy all activations before each sum: for it this is one
+    operator that it does not look into. Elsewhere a generator's next matrix is made once the one before was used.
+    """
+    if torch.compiler.is_compiling():
+        found: torch.Tensor = products_as_one(list(lefts), list(rights))
+        return found
+    return products_in_place(lefts, rights)
+
+
+def products_in_place(lefts: Iterable[torch.Tensor], rights: Iterable[torch.Tensor]) -> torch.Tensor:
+    out: torch.Tensor | None = None
+    for left, right in zip(lefts, rights, strict=True):
+        out = left @ right if out is None else out.addmm_(left, right)
+    assert out is not None, "a sum of nothing"
+    return out
+
+
+with_share_as_one = torch.library.custom_op(
+    "opensloth::with_share",
+    with_share_in_place,
     mutates_args=(),
-    schema="(Tensor[] lefts, Tensor[] rights, Tensor? bias, bool share) -> Tensor",
+    schema="(Tensor low, Tensor up, Tensor rows, Tensor matrix, Tensor? bias) -> Tensor",
 )
-products_as_one.register_fake(lambda lefts, rights, *_: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
+with_share_as_one.register_fake(lambda low, up, rows, matrix, _: rows.new_empty(rows.shape[0], matrix.shape[1]))
+products_as_one = torch.library.custom_op(
+    "opensloth::products", products_in_place, mutates_args=(), schema="(Tensor[] lefts, Tensor[] rights) -> Tensor"
+)
+products_as_one.register_fake(lambda lefts, rights: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]))
 
 
 def choose_adding(model: nn.Module) -> str:
@@ -140,7 +149,7 @@ def choose_adding(model: nn.Module) -> str:
     A kernel that adds to what is there may round the product first, and then add in memory: of a share that is smaller
     than the last digit next to nothing is left. One that multiplies what is there as well reads it, and rounds once; on
     an H200 it takes 1.03 to 1.1 times as long (benchmarks/adds.py). How long it takes here is not asked: other work on
-    the card would answer, and processes must choose the same.
+    the card would answer.
     """
     global times
     times = 1.0

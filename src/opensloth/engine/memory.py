@@ -14,6 +14,7 @@ MOST_TOKENS = 32_768  # about: beyond this a pack only adds latency between logs
 MARGIN = 1.01  # parts of a step are nearly, not exactly, equal
 ENOUGH_TOKENS = 4_096  # a pack of this size keeps a card busy; rather recompute than go below
 ENOUGH_RECORDED = 2_048  # where the host does not launch a pack's kernels one by one
+ROOM = 1.25  # longest rows: a pack that fits by rule alone may turn out too large, and must be able to shrink
 CPU_TOKENS = 1_024  # larger packs are not faster on a CPU: measured with 135M parameters on two cores
 GIB = 2**30
 TWO_NORMS = ("llama", "mistral", "qwen2", "qwen3")  # in a layer; others may have one behind each part, too
@@ -160,7 +161,7 @@ def plan(
     kept: int = 0,
     means: Means = Means(),
     step: int | None = None,
-    recorded: bool = False,
+    may_record: bool = False,
 ) -> MemoryPlan:
     """Decide, once the weights are loaded. Recomputing costs time, so it is chosen only where packs would be small.
 
@@ -169,12 +170,12 @@ def plan(
         kept: bytes that something else will take and keep (the buffers of rollouts).
         means: as `estimate` has them.
         step: tokens of this process's share of an optimizer step, where they are known: packs then divide it evenly.
-        recorded: whether passes will be (engine/graphed.py).
+        may_record: whether passes will be recorded if packs of the plan are worth it (engine/graphed.py).
     """
     free = free_bytes(device)
     free = None if free is None else max(free - kept, 0)
     asked = options.gradient_checkpointing
-    wanted = max(longest, ENOUGH_RECORDED if recorded else ENOUGH_TOKENS)
+    wanted = max(int(ROOM * longest), ENOUGH_RECORDED if may_record else ENOUGH_TOKENS)
     if not isinstance(options.pack_tokens, str):
         wanted = max(longest, options.pack_tokens)
     chosen, fits = "none" if asked == "auto" else asked, wanted

@@ -22,15 +22,15 @@ def choose(
     longest: int,
     kept: int = 0,
     step: int | None = None,
-    recorded: bool = False,
+    may_record: bool = False,
 ) -> MemoryPlan:
     """The same plan on every process: the one that needs the least memory of those that they chose.
 
-    `longest`, `kept`, `step` and `recorded` as memory.plan has them. Each time that a card ran out of memory
+    `longest`, `kept`, `step` and `may_record` as memory.plan has them. Each time that a card ran out of memory
     halves the packs.
     """
     config, dtype, means = engine.model.config, engine.dtype, engine.means
-    mine = memory.plan(config, options, device, longest, dtype, kept, means, step, recorded)
+    mine = memory.plan(config, options, device, longest, dtype, kept, means, step, may_record)
     halvings = int(os.environ.get(HALVINGS, "0"))
     mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
     plans = of_all(mine)

@@ -56,8 +56,7 @@ def lay_out(
     check_batch(options, processes)
     rows = np.flatnonzero(~prepared.is_eval)
     if left_out:
-        places = [place for row_id in left_out if (place := prepared.rows.find(row_id)) is not None]
-        rows = rows[~np.isin(rows, places)]
+        rows = rows[~np.isin(prepared.rows.ids()[rows], list(left_out))]
     if len(rows) < each:
         raise UserError(
             f"{prepared.directory} holds {len(rows):,} prompts to train on, fewer than --prompts-per-step {each}.",

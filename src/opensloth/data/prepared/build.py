@@ -89,8 +89,8 @@ def build_all(
 ) -> Iterator[Built]:
     """Build every row, in order. Raises what the builders raise, and WorkerFailed where a process died.
 
-    `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves. Who builds a row changes
-    nothing about it: a pool starts once that many seconds were spent here, as much data is done before.
+    `tokenizer` is the recipe's, for the rows that are built here; workers load it themselves. A pool starts once
+    START_SECONDS were spent here, in which little data is done; who builds a row changes nothing about it.
     """
     batches, builder, spent = batched(rows), recipe.builder(tokenizer), 0.0
     for batch in batches:

@@ -236,7 +236,7 @@ class Rows:
 
     def prompt_columns(self) -> set[str]:
         """The names of the source's other columns: of all rows, for a row of JSON may lack some."""
-        texts = {text for batch in self._batches for text in batch.column("columns").unique().to_pylist()}
+        texts = (text for batch in self._batches for text in batch.column("columns").unique().to_pylist())
         return {name for text in texts for name in json.loads(text)}
 
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
@@ -246,8 +246,12 @@ class Rows:
         batch = self._batches[number]
         return batch, index - int(self._ends[number]) + len(batch)
 
+    def ids(self) -> NDArray[np.int64]:
+        """The `row_id` of every row."""
+        return np.concatenate([batch.column("row_id").to_numpy() for batch in self._batches])
+
     def find(self, row_id: int) -> int | None:
         """The index of the row with this `row_id`, or None. Rows lie in the order of their ids."""
-        ids = np.concatenate([batch.column("row_id").to_numpy() for batch in self._batches])
+        ids = self.ids()
         index = int(np.searchsorted(ids, row_id))
         return index if index < len(ids) and ids[index] == row_id else None

@@ -1,7 +1,7 @@
 """An SFT job from its start to its result, as one of its processes: model, schedule, trainer, adapter."""
 
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, choose, load, matmul
+from opensloth.engine.memory import MemoryPlan
 from opensloth.training import plan
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
@@ -40,14 +41,12 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     packing, longest = bool(prepared.manifest.options["packing"]), int(prepared.lengths.max())
     engine = load(job, ref, seed=seed, device=place.device, packing=packing, longest=longest)
     laid_out = schedule(prepared, job, seed=seed, processes=place.processes, packing=engine.packs)
-    graphs = choose.graphs(job, place.device, all(of_all(engine.packs_natively and engine.recordable)))
-    share = laid_out.largest_share(place.processes)
-    memory = plan.choose(engine, job, place.device, longest=longest, step=share, recorded=graphs.value == "on")
+    batcher = Batcher(prepared, engine.packs, engine.pad_id)
+    memory, graphs = fitted(engine, job, laid_out, batcher, longest, place)
     if place.leads:
         for line in [*engine.notes, *plan.describe(laid_out, memory, place.processes)]:
             log.say(line)
     files = run_files(run_dir, job, ref, prepared, engine)
-    batcher = Batcher(prepared, engine.packs, engine.pad_id)
     pack_tokens = memory.pack_tokens
     if engine.packs and job.batch_size is None:
         attempt = largest_pack(prepared, batcher, engine, place.device)
@@ -58,23 +57,33 @@ def train(run_dir: Path, job: SftJob, ref: ModelRef, prepared: Prepared, place: 
     train_to_the_end(trainer, job, run_dir, place, lambda seconds: pack_trainer.figures(trainer, run, seconds))
 
 
+def fitted(
+    engine: Engine, job: SftJob, laid_out: Schedule, batcher: Batcher, longest: int, place: Place
+) -> tuple[MemoryPlan, choose.Choice]:
+    """What goes through the model at once, and whether that is recorded: recorded packs may be smaller, but not all
+    packs are worth it. The same on every process."""
+    share = laid_out.largest_share(place.processes)
+    planned = partial(plan.choose, engine, job, place.device, longest=longest, step=share)
+    graphs = choose.may_record(job, place.device, all(of_all(engine.packs_natively and engine.recordable)))
+    if graphs.value == "off":
+        return planned(), graphs
+    memory = planned(may_record=True)
+    steps = Steps(laid_out, batcher, memory.pack_tokens, place.rank, place.processes)
+    shape, slower = steps.shape(longest), any(of_all(matmul.times != 1))
+    graphs = choose.worth_recording(shape.tokens, partial(steps.filled, shape), slower)
+    return memory if graphs.value == "on" else planned(), graphs
+
+
 def with_one_shape(
     run: pack_trainer.Run, engine: Engine, job: SftJob, longest: int, graphs: choose.Choice, place: Place
 ) -> pack_trainer.Run:
     """The run with its layers compiled and its passes recorded, where that pays: all packs then have one shape."""
-    steps = run.steps
-    shape = cache(lambda: steps.shape(longest))  # a look at many steps, if anybody wants it
-    compiling = choose.compilation(job, place.device, engine.packs_natively, sum(steps.plan.step_tokens))
-    if graphs.value == "on":
-        rounds_more = matmul.times != 1
-        graphs = choose.graphs_of(steps.filled(shape()), shape().tokens, rounds_more)
-        if place.leads and graphs.value == "on" and rounds_more:
-            log.say("recorded passes add an adapter's share in place")
+    compiling = choose.compilation(job, place.device, engine.packs_natively, sum(run.steps.plan.step_tokens))
     if place.leads:
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if "on" in (compiling.value, graphs.value):
-        run.batcher.shape = shape()
+        run.batcher.shape = run.steps.shape(longest)
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
