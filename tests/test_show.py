@@ -56,6 +56,14 @@ def test_trained_tokens_are_green_and_masked_ones_dim(prepared):
     assert "\x1b[2m<|im_start|>user" in shown
 
 
+def test_without_colours_trained_tokens_stand_between_marks(prepared, capsys):
+    show(prepared.directory, n=1)
+    shown = capsys.readouterr().out
+    assert "What is trained stands between ⟦ and ⟧." in shown
+    assert shown.count("⟦It is 7.<|im_end|>⟧") == 1
+    assert "\x1b" not in shown
+
+
 def test_the_terminal_shows_lengths_packs_drops_and_rows(prepared):
     shown = printed(terminal(view(prepared.directory, None, 2, False)))
     for expected in ("42 of 43", "Tokens of a row", "Tokens of a pack", "line 43: ", "2 of ", "█"):

@@ -1,6 +1,10 @@
-"""`os-data show`: prepared data in the terminal. What is trained is green, all else (so a whole prompt) is dim."""
+"""`os-data show`: prepared data in the terminal. What is trained is green, all else (so a whole prompt) is dim.
+
+Where there are no colours, in a file or a pipe, what is trained stands between marks.
+"""
 
 import os
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +19,7 @@ from opensloth.errors import UserError
 
 BAR_WIDTH = 40
 TRAINED, MASKED = "green", "dim"
+OPEN, CLOSE = "⟦", "⟧"
 
 
 def show(
@@ -29,7 +34,8 @@ def show(
     """
     shown = view(directory, row, n, trust_remote_code)
     if html is None:
-        Console(soft_wrap=True, highlight=False).print(terminal(shown))
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(terminal(shown, marked=console.color_system is None))
         return
     try:
         paths.write_text(html, page(shown))
@@ -48,8 +54,12 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def terminal(shown: View) -> RenderableType:
-    """Everything as one thing that rich prints. Control characters of the data are made visible."""
+def terminal(shown: View, marked: bool = False) -> RenderableType:
+    """Everything as one thing that rich prints. Control characters of the data are made visible.
+
+    Args:
+        marked: what is trained stands between marks.
+    """
     parts: list[RenderableType] = [
         Text(log.printable(f"{shown.source} for {shown.model}")),
         summary_table(shown.summary),
@@ -60,8 +70,10 @@ def terminal(shown: View) -> RenderableType:
         parts += [heading("Tokens of a pack"), bars(shown.fills)]
     if shown.drops:
         parts += [heading("Dropped (the first)"), *(Text(log.printable(f"line {n}: {why}")) for n, why in shown.drops)]
+    if marked and any(piece.trained for row in shown.rows for piece in row.pieces):
+        parts.append(Text(f"\nWhat is trained stands between {OPEN} and {CLOSE}."))
     for row in shown.rows:
-        parts += [heading(row.title), row_text(row)]
+        parts += [heading(row.title), row_text(row, marked)]
         parts += [known(name, value) for name, value in (row.known or {}).items()]
     return Group(*parts)
 
@@ -85,8 +97,9 @@ def known(name: str, value: str) -> Text:
     return Text.assemble((f"{log.printable(name)}: ", "bold"), log.printable(value))
 
 
-def row_text(row: RowView) -> Text:
+def row_text(row: RowView, marked: bool) -> Text:
     text = Text()
-    for piece in row.pieces:
-        text.append(log.printable(piece.text), style=TRAINED if piece.trained else MASKED)
+    for trained, pieces in groupby(row.pieces, lambda piece: piece.trained):
+        words = log.printable("".join(piece.text for piece in pieces))
+        text.append(f"{OPEN}{words}{CLOSE}" if trained and marked else words, style=TRAINED if trained else MASKED)
     return text
