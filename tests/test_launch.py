@@ -291,6 +291,13 @@ def test_a_card_that_ran_out_of_memory_is_tried_with_half_the_pack(
     assert "--pack-tokens" in (error.hint or "")
 
 
+def test_a_card_that_gave_up_is_told_with_a_way_on(tmp_path: Path, worker: Callable[[str], str]) -> None:
+    name = worker("raise RuntimeError('CUDA error: unspecified launch failure\\nSearch for it.')\n")
+    error = failed(tmp_path, name, errors.WorkerFailed, processes=1)
+    assert error.message == "Process 0 (cpu) failed: RuntimeError: CUDA error: unspecified launch failure"
+    assert "goes on from the last checkpoint; if this comes again, add --cuda-graphs off" in (error.hint or "")
+
+
 def test_a_hang_is_ended_with_who_kept_whom_waiting(tmp_path: Path, worker: Callable[[str], str]) -> None:
     name = worker(
         "torch, dist = join()\n"

@@ -40,6 +40,10 @@ REFUSAL_WORDS = (
     "PytorchStreamWriter failed",
     "inline_container",
 )
+OF_THE_CARD = (
+    "The card gave up. The same command goes on from the last checkpoint; if this comes again, add --cuda-graphs off, "
+    "which launches kernels one by one."
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def describe(error: BaseException) -> Report:
         message, code = f"Out of GPU memory: {first_line}", WorkerFailed.exit_code
         return Report(rank, WorkerFailed.__name__, message, hint, code, trace, time.time(), out_of_memory=True)
     message = f"{name}: {first_line}" if first_line else name
-    return Report(rank, name, message, "", BUG, trace, time.time(), lost)
+    hint = OF_THE_CARD if "CUDA error" in first_line else ""
+    return Report(rank, name, message, hint, BUG, trace, time.time(), lost)
 
 
 def lost_peer(error: BaseException | None) -> bool:

@@ -66,7 +66,8 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
         name += f" ({world.devices[local]})"
     if report.kind not in {failure.DEAD, failure.ENDED}:
         lost = " It lost another process, whose log may say why." if report.lost_peer else ""
-        return WorkerFailed(f"{name} failed: {report.message}{lost}", f"{report.traceback.rstrip()}\n{where}".strip())
+        told = filter(None, (report.traceback.rstrip(), report.hint, where))
+        return WorkerFailed(f"{name} failed: {report.message}{lost}", "\n".join(told))
     hints = ["The system kills what takes too much memory."] if "SIGKILL" in report.message else []
     if path and path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL:
         hints.append(f"The disk of {run_dir} is full.")
