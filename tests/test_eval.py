@@ -103,8 +103,23 @@ def test_what_cannot_be_judged_is_one_line(model, tmp_path):
     run = os_eval("sample:arithmetic", "--model", model, "-n", 2, cwd=tmp_path)
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
-        "error: --task math finds answers between tags, and the contract inferred has none."
+        "error: --task math finds answers between tags, and the prompts of model ask for none."
     ]
+
+
+def test_a_dry_run_finds_what_the_run_would(model, tmp_path):
+    missing = os_eval("sample:arithmetic", "--model", "outputs/nope", "-n", 2, "--dry-run", cwd=tmp_path)
+    assert missing.returncode == 2
+    tags = os_eval("sample:arithmetic", "--model", model, "-n", 2, "--dry-run", cwd=tmp_path)
+    assert "the prompts of model ask for none" in tags.stderr
+
+
+def test_an_input_without_answers_says_why(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n' * 3)
+    refused = os_eval("rows.jsonl", "--model", model, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "3 x no #### before the final answer" in refused.stderr
+    assert "--map problem=question" in refused.stderr
 
 
 def test_a_model_that_is_broken_is_one_line(tmp_path):

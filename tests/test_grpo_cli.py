@@ -110,6 +110,7 @@ def test_the_rewards_and_presets_are_listed_without_any_data(call):
     ("arguments", "says"),
     [
         (("--task", "maths"), ("There is no task 'maths'", "Did you mean math?")),
+        (("--rewards", "own.py"), ("The reward own.py names no function", "Write own.py:FUNCTION")),
         (("--rewards", "math_anser"), ("There is no reward 'math_anser'", "Did you mean math_answer?")),
         (("--rewards", "nowhere.py:f"), ("nowhere.py does not exist",)),
         (("--rewards", "math_answer=much"), ("weight",)),

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 from opensloth.config.jobs import DataJob
-from opensloth.data.messages.examples import detect_format
+from opensloth.data.messages.examples import NO_MARK, detect_format
 from opensloth.data.models.resolve import resolve_model
 from opensloth.data.prepared import build
-from opensloth.data.prepared.prepare import Tally, default_output, open_prepared, prepare, reshard
+from opensloth.data.prepared.prepare import Tally, default_output, open_prepared, prepare, reshard, way_out
 from opensloth.data.prepared.summary import summarize
 from opensloth.data.prompt.choose import contract_for
+from opensloth.data.prompt.contract import NO_WORKING
 from opensloth.data.sources.open import open_source
 from opensloth.errors import UserError, WorkerFailed
 from tiny import tiny_tokenizer
@@ -332,6 +334,11 @@ def test_rows_are_read_no_faster_than_they_are_built(job, monkeypatch):
         ahead.append(read - built)
     assert built == 400
     assert max(ahead) <= 10
+
+
+def test_answers_without_a_mark_or_a_working_have_a_way_out():
+    assert "--map problem=question" in way_out(Counter({NO_MARK: 3, "no answer": 1}))
+    assert "--method grpo" in way_out(Counter({NO_WORKING: 3}))
 
 
 def test_many_different_reasons_do_not_swell_the_manifest():

@@ -376,3 +376,8 @@ def test_the_tiny_model_is_made_once_and_is_the_same_everywhere(tmp_path, monkey
 
 if __name__ == "__main__":
     serve(int(sys.argv[1]))
+
+
+def test_one_process_proves_nothing(capsys):
+    assert program.run(train.app, ["verify", "sft", "--processes", "1", "--dry-run"]) == USER_ERROR
+    assert "One process is compared with several." in capsys.readouterr().err

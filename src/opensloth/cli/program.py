@@ -44,7 +44,7 @@ def run(
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
-        log.fail("Interrupted.", "Run the same command again and it goes on.")
+        log.fail("Interrupted.", "Run the same command again: it goes on from what was saved, if anything was.")
         return STOPPED
     return status if isinstance(status, int) else DONE
 

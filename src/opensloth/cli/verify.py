@@ -73,6 +73,10 @@ def planned(request: Request[Any]) -> World | None:
         raise UserError("os-train verify starts its processes itself.", "Run it without torchrun.")
     processes = 2 if job.processes is None and job.gpus == "auto" else job.processes
     world = plan_world(LaunchOptions(gpus=job.gpus, processes=processes))
+    if world.processes == 1:
+        raise UserError(
+            "One process is compared with several.", "Add --processes 2, or --gpus with more than one card."
+        )
     if not request.dry_run:
         return world
     from opensloth.cli.dry_run import show

@@ -22,7 +22,7 @@ class DataJob(ModelOptions, DataOptions, PromptOptions):
     method: str = option("sft", "What the data is for.", choices=METHODS)
     output: Path | None = option(None, "The directory of prepared data.", shown="data/<method>-<data>-<hash>")
     gpus: int = option(1, "The number of shards; needs no GPU.", short="g", ge=1)
-    force: bool = option(False, "Replace what is in the output directory.", short="f", off="-")
+    force: bool = option(False, "Prepare anew, though the output directory holds it already.", short="f", off="-")
 
 
 class RunJob(LaunchOptions, TrainOptions):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from opensloth import log
 from opensloth.config.jobs import EvalJob
 from opensloth.data.messages.examples import BadRow, Example, detect_format, parse_mapping
 from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model
+from opensloth.data.prepared.prepare import Tally, way_out
 from opensloth.data.prompt.choose import CONTRACT_FILE, contract_for
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.sources.open import open_source
@@ -59,21 +60,38 @@ class Comparison:
     reports: list[Report]
 
 
-def compare(job: EvalJob) -> Comparison:
-    """Let every model answer every problem.
+class Asked(NamedTuple):
+    """Who is asked what, and how."""
 
-    Raises:
-        UserError: an input without answers, a contract without tags, a model that cannot be loaded.
-        WorkerFailed: a model whose logits are not numbers.
+    refs: list[ModelRef]
+    contract: PromptContract
+    problems: list[Example]
+
+
+def asked(job: EvalJob) -> Asked:
+    """What is settled before any model is loaded.
+
+    Raises UserError: an input without answers, a contract without tags, a model that is not there.
     """
     problems = read_problems(job)
     refs = [resolve_model(model) for model in job.model]
     contract = contract_of(job, refs)
     if contract.tags is None:
         raise UserError(
-            f"--task {job.task} finds answers between tags, and the contract {contract.name} has none.",
+            f"--task {job.task} finds answers between tags, and the prompts of {refs[0].name} ask for none.",
             "Evaluate an adapter that was trained with --chat-template reasoning, or give that option.",
         )
+    return Asked(refs, contract, problems)
+
+
+def compare(job: EvalJob) -> Comparison:
+    """Let every model answer every problem.
+
+    Raises:
+        UserError: as `asked`; a model that cannot be loaded.
+        WorkerFailed: a model whose logits are not numbers.
+    """
+    refs, contract, problems = asked(job)
     return Comparison(problems, contract, [report(job, ref, contract, problems) for ref in refs])
 
 
@@ -82,19 +100,22 @@ def read_problems(job: EvalJob) -> list[Example]:
     split = job.split or ("test" if job.input.startswith("sample:") else "train")
     source = open_source(job.input, split=split, subset=job.subset, revision=job.data_revision, samples=job.samples)
     row_format = detect_format(source.columns, parse_mapping(list(job.map)), method="grpo")
-    problems, bad = [], 0
+    problems, tally = [], Tally()
     for row in source.rows():
+        tally.rows_in += 1
         try:
             example = row_format.example(row.value) if row.value is not None else None
-        except BadRow:
-            example = None
-        if example is None or example.answer is None:
-            bad += 1
-        else:
+            why = "no answer" if example is None or example.answer is None else ""
+        except BadRow as error:
+            example, why = None, str(error)
+        why = row.problem or why
+        if why:
+            tally.drop(row.line, why)
+        elif example is not None:
             problems.append(example)
     if not problems:
-        raise UserError(f"{job.input} holds no problem with an answer.", "docs/data.md lists the row formats.")
-    if bad:
+        raise UserError(f"{job.input} holds no problem with an answer: {tally.reasons()}.", way_out(tally.dropped))
+    if bad := tally.dropped.total():
         log.warn(f"{bad:,} rows of {job.input} hold no problem with an answer; they are left out.")
     return problems
 

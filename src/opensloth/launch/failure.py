@@ -82,7 +82,7 @@ def describe(error: BaseException) -> Report:
     text = str(error).strip()
     first_line = text.splitlines()[0] if text else ""
     if isinstance(error, KeyboardInterrupt):  # before training began, which would have saved its step
-        hint = "The same command goes on from the last checkpoint."
+        hint = "The same command goes on from the last checkpoint, or begins anew where there is none."
         return Report(rank, RunStopped.__name__, "Stopped by SIGINT.", hint, RunStopped.exit_code, trace, time.time())
     if refused := unwritable(error):
         hint = "Free space, or give the run its rights back: the same command goes on from the last checkpoint."

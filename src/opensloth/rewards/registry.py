@@ -45,6 +45,8 @@ def get(name: str, *, tags: "Tags | None" = None, print_every: int = PRINT_EVERY
     Raises:
         UserError: there is none of that name; the hint has the nearest.
     """
+    if name.endswith(".py"):
+        raise UserError(f"The reward {name} names no function.", f"Write {name}:FUNCTION.")
     if name not in REWARDS:
         raise UserError(
             f"There is no reward {name!r}.", f"{nearest(name, REWARDS)} Rewards: {', '.join(REWARDS)}.".strip()

@@ -17,7 +17,7 @@ import opensloth
 from opensloth import log, paths
 from opensloth.config.data import DataOptions
 from opensloth.config.jobs import DataJob, PromptOptions, part
-from opensloth.data.messages.examples import detect_format, parse_mapping
+from opensloth.data.messages.examples import NO_MARK, detect_format, parse_mapping
 from opensloth.data.models.resolve import ModelRef, load_tokenizer, resolve_model, tokenizer_digest
 from opensloth.data.prepared.build import Recipe, build_all
 from opensloth.data.prepared.directory import Prepared, open_prepared, plan_for, reshard, write_plan
@@ -25,7 +25,7 @@ from opensloth.data.prepared.manifest import CONTRACT, DROPPED, LAYOUT, ROWS, Ma
 from opensloth.data.prepared.output import check_output, default_output, digest_of, reuse
 from opensloth.data.prepared.row_files import RowWriter
 from opensloth.data.prompt.choose import contract_for
-from opensloth.data.prompt.contract import PromptContract
+from opensloth.data.prompt.contract import NO_WORKING, PromptContract
 from opensloth.data.sources.open import Source, open_source
 from opensloth.data.tokens.prompts import TOO_LONG, check_overlong
 from opensloth.errors import UserError
@@ -126,6 +126,10 @@ def way_out(dropped: Counter[str]) -> str:
         return "Raise --max-prompt-len."
     if reason == "assistant turn without the contract's tags":
         return "Give working and answer in columns of their own, which get the tags, or choose another --chat-template."
+    if reason == NO_MARK:
+        return "If answers stand there alone, --map problem=question reads them so."
+    if reason == NO_WORKING:
+        return "Name the column that has it, --map solution=COLUMN, or prepare problems alone, --method grpo."
     return "docs/data.md tells which rows are read."
 
 

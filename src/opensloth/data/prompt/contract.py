@@ -25,6 +25,7 @@ from opensloth.paths import digest, read_json, write_json
 
 VERSION = 1
 AGAIN = "Prepare the data, or train the adapter, again."
+NO_WORKING = "answer without working"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class PromptContract:
                 raise BadRow("the contract's tags inside the working or the answer")
             last["content"] = self.tags.turn(example.working, example.answer)
         elif example.answer is not None:
-            raise BadRow("answer without working")
+            raise BadRow(NO_WORKING)
         elif not isinstance(last["content"], str) or not self.tags.pattern.fullmatch(last["content"]):
             raise BadRow("assistant turn without the contract's tags")
         return messages
