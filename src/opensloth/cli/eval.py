@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -29,8 +30,10 @@ def evaluate(request: Request[EvalJob]) -> None:
         from opensloth.cli.dry_run import show as show_plan
 
         answers = f"1 greedy and {job.group_size} sampled" if job.group_size > 1 else "1, greedy"
-        plan = {"models": f"{len(job.model)}, one after the other", "problems": f"{len(asked(job).problems):,}"}
-        show_plan(request.resolved, plan | {"answers to each": answers}, request.as_json)
+        plan = {"models": f"{len(job.model)}, one after the other", "answers to each": answers}
+        if job.input.startswith("sample:") or Path(job.input).exists():  # no data set is fetched for it
+            plan["problems"] = f"{len(asked(job).problems):,}"
+        show_plan(request.resolved, plan, request.as_json)
         return
     found = compare(job)
     if request.as_json:
