@@ -374,10 +374,10 @@ def test_the_tiny_model_is_made_once_and_is_the_same_everywhere(tmp_path, monkey
         assert (again / name).read_bytes() == (Path(first.base) / name).read_bytes()
 
 
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))
-
-
 def test_one_process_proves_nothing(capsys):
     assert program.run(train.app, ["verify", "sft", "--processes", "1", "--dry-run"]) == USER_ERROR
     assert "One process is compared with several." in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -24,17 +24,19 @@ app = new_app(HELP)
 
 def evaluate(request: Request[EvalJob]) -> None:
     job = request.job
-    from opensloth.evaluation.compare import asked, compare
-
     if request.dry_run:
         from opensloth.cli.dry_run import show as show_plan
 
         answers = f"1 greedy and {job.group_size} sampled" if job.group_size > 1 else "1, greedy"
         plan = {"models": f"{len(job.model)}, one after the other", "answers to each": answers}
         if job.input.startswith("sample:") or Path(job.input).exists():  # no data set is fetched for it
+            from opensloth.evaluation.compare import asked
+
             plan["problems"] = f"{len(asked(job).problems):,}"
         show_plan(request.resolved, plan, request.as_json)
         return
+    from opensloth.evaluation.compare import compare
+
     found = compare(job)
     if request.as_json:
         print(json.dumps(record(found, job), ensure_ascii=False))

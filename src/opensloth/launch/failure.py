@@ -40,6 +40,7 @@ REFUSAL_WORDS = (
     "PytorchStreamWriter failed",
     "inline_container",
 )
+GOES_ON = "The same command goes on from the last checkpoint, or begins anew where there is none."
 OF_THE_CARD = (
     "The card gave up. The same command goes on from the last checkpoint; if this comes again, add --cuda-graphs off, "
     "which launches kernels one by one."
@@ -82,8 +83,8 @@ def describe(error: BaseException) -> Report:
     text = str(error).strip()
     first_line = text.splitlines()[0] if text else ""
     if isinstance(error, KeyboardInterrupt):  # before training began, which would have saved its step
-        hint = "The same command goes on from the last checkpoint, or begins anew where there is none."
-        return Report(rank, RunStopped.__name__, "Stopped by SIGINT.", hint, RunStopped.exit_code, trace, time.time())
+        message, code = "Stopped by SIGINT.", RunStopped.exit_code
+        return Report(rank, RunStopped.__name__, message, GOES_ON, code, trace, time.time())
     if refused := unwritable(error):
         hint = "Free space, or give the run its rights back: the same command goes on from the last checkpoint."
         return Report(rank, WorkerFailed.__name__, refused, hint, WorkerFailed.exit_code, trace, time.time())

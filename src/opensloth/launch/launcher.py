@@ -92,8 +92,7 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
     if meeting and not cause.stopped:
         meeting.leave()
     if asked.count and (cause.kind in {failure.DEAD, failure.ENDED} or cause.lost_peer):
-        hint = "The same command goes on from the last checkpoint, or begins anew where there is none."
-        raise RunStopped(f"Stopped by {asked.name} before a new checkpoint was complete.", hint)
+        raise RunStopped(f"Stopped by {asked.name} before a new checkpoint was complete.", failure.GOES_ON)
     if asked.count and cause.stopped:  # the user sent that signal, not the one we passed on
         return replace(cause, message=cause.message.replace(stop.forwarded().name, asked.name))
     return outcome.lost_machine(world, cause, lost, timeout)

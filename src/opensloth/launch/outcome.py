@@ -30,8 +30,8 @@ def reports(world: World, run_dir: Path, started: float, result: "RunResult | No
             continue
         if dead.exitcode < 0 and stop.is_request(-dead.exitcode):
             message = f"Process {rank} was stopped by {dead.signal_name()} before a new checkpoint was complete."
-            hint = "The same command goes on from the last checkpoint, or begins anew where there is none."
-            found[rank] = Report(rank, RunStopped.__name__, message, hint, RunStopped.exit_code, "", dead.timestamp)
+            code, when = RunStopped.exit_code, dead.timestamp
+            found[rank] = Report(rank, RunStopped.__name__, message, failure.GOES_ON, code, "", when)
             continue
         if dead.exitcode < 0:
             kind = failure.ENDED if dead.exitcode == -stop.peer_lost() else failure.DEAD
