@@ -176,10 +176,10 @@ def children(pid: int) -> list[int]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == pid and b"opensloth.launch.child" in words:
-                environ = dict(word.split(b"=", 1) for word in (entry / "environ").read_bytes().split(b"\0") if word)
-                found[int(environ[b"RANK"])] = int(entry.name)
-        except (OSError, KeyError, ValueError):
-            continue  # it has ended meanwhile
+                log = Path(os.readlink(entry / "fd" / "1")).stem
+                found[int(log.removeprefix("rank_"))] = int(entry.name)
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile, or still waits to be a worker
     return [found[rank] for rank in sorted(found)]
 
 

@@ -7,6 +7,7 @@ from opensloth.cli.prepared import ELSEWHERE, open_for
 from opensloth.cli.program import run
 from opensloth.cli.result import report
 from opensloth.config.jobs import DataJob, GrpoJob
+from opensloth.launch import ahead
 from opensloth.launch.world import plan_world
 
 HELP = "Train on prompts whose completions are scored by rewards (the directory that os-data --method grpo left)."
@@ -24,7 +25,9 @@ def grpo(request: Request[GrpoJob]) -> None:
         return
     from opensloth.cli.grpo_checks import start_grpo
 
-    report(start_grpo(resolved, prepared, world), request.as_json)
+    with ahead.begun(world, "grpo", resolved.job.engine):
+        result = start_grpo(resolved, prepared, world)
+    report(result, request.as_json)
 
 
 def list_rewards() -> None:

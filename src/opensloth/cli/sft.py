@@ -7,6 +7,7 @@ from opensloth.cli.prepared import ELSEWHERE, open_for
 from opensloth.cli.program import run
 from opensloth.cli.result import report
 from opensloth.config.jobs import DataJob, SftJob
+from opensloth.launch import ahead
 from opensloth.launch.world import plan_world
 
 HELP = "Train an adapter on prepared data (the directory that os-data left)."
@@ -23,7 +24,9 @@ def sft(request: Request[SftJob]) -> None:
         return
     from opensloth.launch.run_directory import start
 
-    report(start(resolved.job, resolved.origins, prepared, world), request.as_json)
+    with ahead.begun(world, "sft", resolved.job.engine):
+        result = start(resolved.job, resolved.origins, prepared, world)
+    report(result, request.as_json)
 
 
 add_command(app, "sft", SftJob, sft, help=HELP, beside=DataJob)

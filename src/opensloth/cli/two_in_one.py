@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from opensloth import log
 from opensloth.config.base import Resolved
 from opensloth.config.jobs import DataJob, GrpoJob, RunJob, SftJob, TrainGrpoJob, TrainSftJob, part
+from opensloth.launch import ahead
 from opensloth.launch.world import World, plan_world
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ def start_sft(resolved: Resolved[TrainSftJob]) -> "Result":
     from opensloth.launch.run_directory import start
 
     world = plan_world(resolved.job)
-    prepared = prepare_data(resolved.job, world)
-    training = training_job(resolved, SftJob, prepared)
-    return start(training.job, training.origins, prepared, world)
+    with ahead.begun(world, "sft", resolved.job.engine):
+        prepared = prepare_data(resolved.job, world)
+        training = training_job(resolved, SftJob, prepared)
+        return start(training.job, training.origins, prepared, world)
 
 
 def start_grpo(resolved: Resolved[TrainGrpoJob]) -> "Result":
@@ -35,8 +37,9 @@ def start_grpo(resolved: Resolved[TrainGrpoJob]) -> "Result":
 
     world = plan_world(resolved.job)
     grpo_checks.check_before_data(resolved.job, world.processes)
-    prepared = prepare_data(resolved.job, world, lambda contract: chosen(resolved.job, contract.tags))
-    return grpo_checks.start_grpo(training_job(resolved, GrpoJob, prepared), prepared, world)
+    with ahead.begun(world, "grpo", resolved.job.engine):
+        prepared = prepare_data(resolved.job, world, lambda contract: chosen(resolved.job, contract.tags))
+        return grpo_checks.start_grpo(training_job(resolved, GrpoJob, prepared), prepared, world)
 
 
 def prepare_data(

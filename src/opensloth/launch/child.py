@@ -1,5 +1,7 @@
 """The first code of every worker: `python -m opensloth.launch.child MODULE RUN_DIR` runs MODULE as a program.
 
+With `--wait LIBRARIES METHOD` instead it begins before that is known, and is told later (`ahead.py`).
+
 It sends all output to the worker's log, ties the worker's life to its launcher's, and turns what MODULE raises into
 the report that the launcher reads. Not for processes of a plain torchrun, which has its own logs.
 """
@@ -7,6 +9,7 @@ the report that the launcher reads. Not for processes of a plain torchrun, which
 import atexit
 import contextlib
 import faulthandler
+import importlib
 import os
 import runpy
 import signal
@@ -16,7 +19,7 @@ import time
 from pathlib import Path
 
 from opensloth.errors import STOPPED, RunStopped
-from opensloth.launch import failure, pulse, stop
+from opensloth.launch import ahead, failure, pulse, stop
 
 PARENT_POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -57,8 +60,17 @@ def run(module: str, run_dir: str) -> int:
     return 0
 
 
+def begin_early(libraries: str, method: str) -> list[str]:
+    """Import, and wait for the run. What goes wrong in an import does so again in the run, which can report it."""
+    die_with_launcher(int(os.environ[stop.LAUNCHER]))
+    with contextlib.suppress(Exception):
+        importlib.import_module(libraries).load(method)
+    return ahead.wait(sys.stdin)
+
+
 def main() -> None:
-    module, run_dir = sys.argv[1:]
+    words = sys.argv[1:]
+    module, run_dir = begin_early(*words[1:]) if words[0] == ahead.WAIT else words
     # The launcher gave stdout a file; stderr joins it there, so that the log holds both in their order.
     os.dup2(1, 2)
     faulthandler.enable()

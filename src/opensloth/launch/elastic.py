@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from opensloth import log
-from opensloth.hardware import cores
-from opensloth.launch import stop
-from opensloth.launch.meeting import Meeting, interface_to
+from opensloth.launch import ahead, stop
+from opensloth.launch.environment import quiet_torch, worker_environment
+from opensloth.launch.meeting import Meeting
 from opensloth.launch.world import World
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 FOLLOW_SECONDS = 0.1
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 END_SECONDS = 5  # what a worker that is told to end may take before it is killed
 EXIT_SECONDS = 30  # how long an agent whose workers are done waits for those of other machines
 LIVE = "step "  # a log line that begins so replaces the one before on a terminal: the run's live line
@@ -44,8 +43,7 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
     It never restarts workers itself (the launcher knows which failures are worth it). Its handler of signals is not
     used: that one leaves workers 30 s to end, and they have a checkpoint to write.
     """
-    # What it has to say, our errors say better. The C++ part of torch reads this as it is loaded.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet_torch()
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
@@ -66,7 +64,8 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
         """Ends the workers that a failed one leaves behind by a signal that no one else sends."""
 
         def _start_workers(self, worker_group: "WorkerGroup") -> dict[int, Any]:
-            ids: dict[int, Any] = super()._start_workers(worker_group)
+            with ahead.taken():
+                ids: dict[int, Any] = super()._start_workers(worker_group)
             context = self._pcontext
             assert context is not None
             close = context.close
@@ -120,24 +119,6 @@ def _logs(world: World, run_dir: Path, timeout: int, attempt: int) -> "LogsSpecs
 
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     return RunDirectoryLogs(log_dir=str(run_dir / "logs"))
-
-
-def worker_environment(world: World, local_rank: int, timeout: int, attempt: int) -> dict[str, str]:
-    """What a worker is told beside torch's own variables."""
-    values = {
-        "OPENSLOTH_DEVICE": world.devices[local_rank],
-        "OPENSLOTH_BACKEND": world.backend,
-        "OPENSLOTH_TIMEOUT": str(timeout),
-        "OPENSLOTH_ATTEMPT": str(attempt),  # over 0: a restart, which goes on from the newest checkpoint
-        stop.LAUNCHER: str(os.getpid()),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    if world.nnodes > 1 and GLOO_INTERFACE not in os.environ and (name := interface_to(world.rdzv_endpoint or "")):
-        values[GLOO_INTERFACE] = name
-    if "OMP_NUM_THREADS" not in os.environ:
-        values["OMP_NUM_THREADS"] = str(max(1, cores() // len(world.devices)))
-    return values
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from opensloth.errors import OpenSlothError
-from opensloth.launch import elastic, failure, outcome, stop
+from opensloth.launch import failure, outcome, stop
+from opensloth.launch.environment import worker_environment
 from opensloth.launch.world import World, under_torchrun
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run_in_process(world: World, run_dir: Path, timeout: int, module: str) -> No
 
     What ends it is left as a report too, which torchrun shows.
     """
-    told = elastic.worker_environment(world, int(os.environ["LOCAL_RANK"]), timeout, 0)
+    told = worker_environment(world, int(os.environ["LOCAL_RANK"]), timeout, 0)
     told["OPENSLOTH_ATTEMPT"] = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     del told[stop.LAUNCHER]
     os.environ.update(told)
