@@ -1,6 +1,7 @@
 """Imports what a training process needs, in one that begins before its run is known (`launch/ahead.py`)."""
 
 import importlib
+from contextlib import suppress
 
 from opensloth import log
 from opensloth.launch.device import claim_device
@@ -11,7 +12,12 @@ TRAINERS = {"sft": "trl.trainer.sft_trainer", "grpo": "trl.trainer.grpo_trainer"
 def load(method: str) -> None:
     """Import the libraries of `method`, in the order and the surroundings in which its worker would."""
     log.quiet_libraries()
-    claim_device()  # before torch is imported, which may look for cards
+    device = claim_device()  # before torch is imported, which may look for cards
     importlib.import_module(f"opensloth.training.{method}.run")
     importlib.import_module(TRAINERS[method])
     importlib.import_module("torch.utils.tensorboard")
+    if device != "cpu":
+        from opensloth.engine import flash4
+
+        with suppress(ImportError):  # it is not installed
+            flash4.package()
