@@ -91,7 +91,7 @@ def causal(
 
 @cache
 def package() -> Any:
-    """flash-attn-4's own module, told to keep what it compiles; it listens only while it is imported for the first time.
+    """flash-attn-4's own module, told to keep what it compiles, to which it listens only while it is imported.
 
     Raises:
         ImportError: it, or something that it needs, is not installed.
