@@ -99,6 +99,16 @@ def test_a_pack_of_another_shape_in_a_step_goes_through_the_model_itself(replays
     assert len(set(replays)) == graphed.MOST_RECORDINGS  # not for ever
 
 
+def test_recordings_that_were_used_for_long_are_made_again(replays, monkeypatch):
+    monkeypatch.setattr(graphed, "WORTH_IT", 2)
+    model = Recorded()
+    odd = batcher(rows(), packing=True)([0, 2])
+    for _ in range(graphed.MOST_RECORDINGS + 2):
+        model.check([PACKS[0], PACKS[1], odd])
+    assert len(set(replays)) == graphed.MOST_RECORDINGS + 2
+    assert model.said == []
+
+
 def test_without_a_gradient_the_model_itself_computes(replays):
     model = Recorded()
     with torch.no_grad():

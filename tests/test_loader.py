@@ -14,7 +14,7 @@ from opensloth.engine import attention, choose, matmul
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
 from opensloth.engine.memory import MemoryPlan
 from opensloth.training.place import Place
-from opensloth.training.sft import run
+from opensloth.training.sft import loader, run
 from opensloth.training.sft.loader import Batcher, Steps, eval_packs
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from training_fixtures import write_rows
@@ -118,7 +118,8 @@ def test_the_mean_over_tokens_is_transformers_own_loss_of_single_rows(prepared, 
 def test_packs_of_one_shape_have_the_loss_of_packs_as_they_come(prepared, model):
     plain, filled = steps_of(prepared), steps_of(prepared)
     longest = int(prepared.lengths.max())
-    shape = filled.batcher.shape = plain.shape(longest)
+    shape = plain.shape(longest)
+    filled.fill_up(shape)
     for number in range(len(plain)):
         packs = filled[number]["packs"]
         assert {pack["input_ids"].shape[1] for pack in packs} == {shape.tokens}
@@ -131,6 +132,20 @@ def test_packs_of_one_shape_have_the_loss_of_packs_as_they_come(prepared, model)
         assert loss_of(model, packs, packing=True) == pytest.approx(expected, rel=1e-6)
     assert filled.batcher([])["input_ids"].shape == (1, shape.tokens)
     assert filled.batcher.filling(shape, shape.tokens) == filled.batcher.filling(shape, shape.tokens + 1) == []
+
+
+def test_no_step_has_packs_of_another_shape(prepared, monkeypatch):
+    """One that just goes into a single pack has more tokens in it than each half of those that do not."""
+    monkeypatch.setattr(loader, "LOOKED_AT", 1)
+    steps = steps_of(prepared)
+    sizes = sorted({steps.plan.tokens(number) for number in range(len(steps))})
+    steps.pack_tokens = sizes[-2]  # all steps but the largest go into one pack
+    shape = steps.shape(int(prepared.lengths.max()))
+    assert shape.tokens < sizes[-2]
+    steps.fill_up(shape)
+    for number in range(len(steps)):
+        assert {pack["input_ids"].shape[1] for pack in steps[number]["packs"]} == {shape.tokens}
+    assert steps.filled(shape) > 0.5
 
 
 def test_the_step_that_follows_is_made_while_one_trains(prepared, monkeypatch):

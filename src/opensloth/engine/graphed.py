@@ -30,7 +30,8 @@ Record = Callable[[Callable[[], None]], Callable[[], object]]
 # are long.
 TOLERANCE = 0.25
 NOISE = 1e-3  # of the longest gradient: shorter ones may be rounding and nothing else
-MOST_RECORDINGS = 3  # packs of another shape in between cost a recording each
+MOST_RECORDINGS = 3  # one after the other, each given up for a pack of another shape before it was
+WORTH_IT = 50  # packs old; a recording takes as long as some ten launched one by one
 
 
 def by_itself(work: Callable[[], None]) -> Callable[[], object]:
@@ -193,6 +194,8 @@ class Graphed:
         """Give the memory of the recordings back; gradients of the step stay where they are."""
         if self.passes is None:
             return
+        if self.passes.count >= WORTH_IT:
+            self.recordings_left = MOST_RECORDINGS
         self.passes = None
         give_back()
 

@@ -163,19 +163,23 @@ class Steps(Dataset[Step]):
             longest: tokens of the longest row.
         """
         largest = sorted(range(len(self)), key=self.plan.tokens, reverse=True)[:LOOKED_AT]
-        packs = self.packs(largest)
+        packs = self.packs(largest, self.pack_tokens)
         tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
         return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
+    def fill_up(self, shape: Shape) -> None:
+        """Give every pack this shape. Steps are dealt anew, since one that went into a single pack may have more."""
+        self.batcher.shape, self.pack_tokens = shape, shape.tokens
+
     def filled(self, shape: Shape) -> float:
         """The share of real tokens where all packs have a shape: in the first steps, as they come to be trained."""
-        packs = self.packs(range(min(len(self), LOOKED_AT)))
+        packs = self.packs(range(min(len(self), LOOKED_AT)), shape.tokens)
         real = sum(int(self.plan.lengths[rows].sum()) for rows in packs)
         return real / (len(packs) * shape.tokens)
 
-    def packs(self, numbers: Iterable[int]) -> list[list[int]]:
+    def packs(self, numbers: Iterable[int], pack_tokens: int) -> list[list[int]]:
         """The rows of each pack of some steps, of all processes."""
-        steps = (self.plan.micro_batches(number, self.pack_tokens, self.processes) for number in numbers)
+        steps = (self.plan.micro_batches(number, pack_tokens, self.processes) for number in numbers)
         return [rows for step in steps for process in step for rows in process]
 
     def row_ids(self, rows: list[int]) -> list[int]:

@@ -83,7 +83,7 @@ def with_one_shape(
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if "on" in (compiling.value, graphs.value):
-        run.batcher.shape = run.steps.shape(longest)
+        run.steps.fill_up(run.steps.shape(longest))
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
