@@ -10,7 +10,7 @@ from opensloth.config.jobs import DataJob, SftJob
 from opensloth.config.run import SftOptions
 from opensloth.data.plan.schedule import schedule
 from opensloth.data.prepared.prepare import prepare
-from opensloth.engine import attention, choose, matmul
+from opensloth.engine import attention, choose, matmul, pace
 from opensloth.engine.loss import IGNORED, pack_loss, padded_loss
 from opensloth.engine.memory import MemoryPlan
 from opensloth.training.place import Place
@@ -238,26 +238,26 @@ def test_the_loader_gives_whole_steps_in_order(prepared):
 
 
 @pytest.mark.parametrize(
-    ("changed", "times", "expected"),
+    ("launching", "times", "expected"),
     [
-        ({}, 1.0, ("none", "on")),
-        ({}, 2.0, ("none", "on")),
-        ({"SMALL_PACK": 8, "WORTH_FILLING": 0.0}, 1.0, ("none", "on")),
-        ({"SMALL_PACK": 8, "WORTH_FILLING": 0.0}, 2.0, ("selective", "off")),  # large, and slower
-        ({"WORTH_FILLING_SMALL": 1.1}, 1.0, ("selective", "off")),  # rows do not fill them
+        (1.0, 1.0, ("none", "on")),
+        (1.0, 2.0, ("none", "on")),
+        (1e-9, 2.0, ("selective", "off")),  # the host is faster than the card
     ],
 )
-def test_packs_are_small_only_where_they_are_recorded(prepared, changed, times, expected, monkeypatch):
+def test_packs_are_small_only_where_they_are_recorded(prepared, launching, times, expected, monkeypatch):
     def plan(*_, longest, step, may_record=False):
         return MemoryPlan(160, "none") if may_record else MemoryPlan(400, "selective")
 
     monkeypatch.setattr(run.plan, "choose", plan)
     monkeypatch.setattr(choose, "may_record", lambda *_: choose.RECORDED)
-    monkeypatch.setattr(choose, "WORTH_FILLING_SMALL", 0.0)
+    monkeypatch.setattr(pace, "LAUNCHING", launching)
+    monkeypatch.setattr(pace, "LEAST_FILLED", 0.0)
     monkeypatch.setattr(matmul, "times", times)
-    for name, value in changed.items():
-        monkeypatch.setattr(choose, name, value)
-    job, engine = SftJob(data=prepared.directory, tokens_per_step=400), SimpleNamespace(packs_natively=1, recordable=1)
+    job, engine = (
+        SftJob(data=prepared.directory, tokens_per_step=400),
+        SimpleNamespace(packs_natively=1, recordable=1, model=tiny_model(tiny_tokenizer())),
+    )
     laid_out = schedule(prepared, job, seed=1, processes=1, packing=True)
     longest, place = int(prepared.lengths.max()), Place(0, 1, torch.device("cpu"), "gloo")
     memory, graphs = run.fitted(engine, job, laid_out, Batcher(prepared, True, pad_id=0), longest, place)

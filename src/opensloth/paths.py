@@ -21,6 +21,11 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "opensloth"
 
 
+def keep_compiled() -> None:
+    """Have torch keep what it compiles in our cache. Call before it is imported: parts of it choose a place then."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary file in the same folder, so that readers see the old text or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)

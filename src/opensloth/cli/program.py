@@ -11,7 +11,7 @@ from typing import cast
 
 import typer
 
-from opensloth import __version__, log
+from opensloth import __version__, log, paths
 from opensloth.errors import DONE, STOPPED, USER_ERROR, OpenSlothError
 
 BUG = 1
@@ -29,6 +29,7 @@ def run(
         elsewhere: options that this program does not have, each with the hint that says where it belongs.
     """
     log.quiet_libraries()
+    paths.keep_compiled()
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(__version__)
         return DONE

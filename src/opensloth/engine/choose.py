@@ -1,17 +1,16 @@
 """The written rules behind `auto`: which engine, which number type. Each choice comes with its reason, in words."""
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from opensloth.config.run import TrainOptions
+from opensloth.engine import pace
+from opensloth.engine.memory import Shape
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
-SMALL_PACK = 8_192  # tokens: such a pack waits for the host, and is 1.4 times as fast where it does not
-WORTH_FILLING, WORTH_FILLING_SMALL = 0.92, 0.75  # of the tokens of packs of one shape must be real
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,18 @@ def may_record(options: TrainOptions, device: torch.device, recordable: bool) ->
     return RECORDED
 
 
-def worth_recording(pack_tokens: int, filled: Callable[[], float], slower: bool) -> Choice:
-    """The same, once it is known what packs there are.
+def worth_recording(shape: Shape, pack_tokens: int, filled: float, slower: bool) -> Choice:
+    """The same, once it is known what packs there are; by the rule of engine/pace.py.
 
     Args:
-        filled: finds the share of real tokens in packs that are all filled up to one shape.
+        filled: the share of real tokens in packs that are all filled up to `pack_tokens`.
         slower: whether recorded passes add adapters' shares in a slower way (engine/matmul.py).
     """
-    small = pack_tokens < SMALL_PACK
-    if slower and not small:
-        return Choice("off", "with packs of this size it gains little, and would add adapters' shares more slowly")
-    if (share := filled()) < (WORTH_FILLING_SMALL if small else WORTH_FILLING):
-        return Choice("off", f"with packs of one size {1 - share:.0%} of all tokens would be padding")
+    takes = pace.recorded(shape, pack_tokens, slower)
+    if takes > pace.launched(shape, pack_tokens):
+        return Choice("off", "with this model and packs of this size the host is fast enough")
+    if filled < pace.LEAST_FILLED or takes > pace.launched(shape, filled * pack_tokens):
+        return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
     return RECORDED
 
 

@@ -4,17 +4,13 @@ Each layer is compiled alone, so that one compilation serves them all. torch kee
 next run finds it there.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from opensloth import paths
 from opensloth.engine.lora import base_of
-
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compile_layers(model: torch.nn.Module, *, dynamic: bool) -> None:
@@ -23,7 +19,6 @@ def compile_layers(model: torch.nn.Module, *, dynamic: bool) -> None:
     Args:
         dynamic: whether packs have many sizes; else each size is compiled for itself.
     """
-    os.environ.setdefault(CACHE, str(paths.cache_dir() / "compiled"))
     base: Any = base_of(model)
     for layer in base.get_decoder().layers:
         layer.compile(dynamic=True if dynamic else None)

@@ -22,9 +22,9 @@ TWO_NORMS = ("llama", "mistral", "qwen2", "qwen3")  # in a layer; others may hav
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that memory depends on."""
+    """The sizes of a model that memory and time depend on."""
 
-    parameters: int
+    embeddings: int  # weights of them, and of a head of its own
     layers: int
     hidden: int
     intermediate: int
@@ -40,11 +40,22 @@ class Shape:
         queries = text.num_attention_heads * head
         keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
         intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-        layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * intermediate
         embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
-        return cls(
-            layers * layer + embeddings, layers, hidden, intermediate, text.vocab_size, queries, queries + 2 * keys
-        )
+        return cls(embeddings, layers, hidden, intermediate, text.vocab_size, queries, queries + 2 * keys)
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer."""
+        return self.hidden * (self.heads_width + self.queries_width + 3 * self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.embeddings
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that come out of a layer's matmuls for each token."""
+        return self.heads_width + 2 * self.intermediate + 2 * self.hidden
 
 
 def head_size(config: PretrainedConfig) -> int:

@@ -60,23 +60,34 @@ def run(module: str, run_dir: str) -> int:
     return 0
 
 
+def hear_launcher() -> None:
+    """Signals that were ignored or held back where the launcher was started are so here too: its own must arrive."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.sent())
+    for number in stop.sent():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def begin_early(libraries: str, method: str) -> list[str]:
-    """Import, and wait for the run. What goes wrong in an import does so again in the run, which can report it."""
-    die_with_launcher(int(os.environ[stop.LAUNCHER]))
-    with contextlib.suppress(Exception):
+    """Import, and wait for the run. An import that fails does so again in the run, which can report it."""
+    waiting = ahead.Waiting(sys.stdin)
+    with contextlib.suppress(Exception, SystemExit):
         importlib.import_module(libraries).load(method)
-    return ahead.wait(sys.stdin)
+    return waiting.become_worker()
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    module, run_dir = begin_early(*words[1:]) if words[0] == ahead.WAIT else words
-    # The launcher gave stdout a file; stderr joins it there, so that the log holds both in their order.
-    os.dup2(1, 2)
     faulthandler.enable()
     die_with_launcher(int(os.environ[stop.LAUNCHER]))
-    if hasattr(signal, "pthread_sigmask"):  # held back where the launcher was started, they are inherited
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.sent())
+    arguments = sys.argv[1:]
+    if arguments[0] == ahead.WAIT:
+        _, libraries, method = arguments
+        arguments = begin_early(libraries, method)
+    module, run_dir = arguments
+    # The launcher gave stdout a file; stderr joins it there, so that the log holds both in their order.
+    os.dup2(1, 2)
+    hear_launcher()
     watch = pulse.Watch(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
     watch.start()
     code = run(module, run_dir)

@@ -64,7 +64,7 @@ def build_agent(world: World, run_dir: Path, module: str, timeout: int, attempt:
         """Ends the workers that a failed one leaves behind by a signal that no one else sends."""
 
         def _start_workers(self, worker_group: "WorkerGroup") -> dict[int, Any]:
-            with ahead.taken():
+            with ahead.taken(lambda environment: log_path(run_dir, int(environment["RANK"]))):
                 ids: dict[int, Any] = super()._start_workers(worker_group)
             context = self._pcontext
             assert context is not None

@@ -11,12 +11,12 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def quiet_torch() -> None:
-    """What its C++ part has to say, our errors say better. It reads this as it is loaded."""
+    """Silence torch's C++ part: what it has to say, our errors say better. It reads this as it is loaded."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def process_environment(world: World, local_rank: int) -> dict[str, str]:
-    """What is known before the run is."""
+    """What a process on this machine is told before its run is known."""
     values = {
         "OPENSLOTH_DEVICE": world.devices[local_rank],
         stop.LAUNCHER: str(os.getpid()),

@@ -161,10 +161,6 @@ def _signals() -> Iterator[_Asked]:
         yield asked
         return
     before: dict[int, Any] = {number: signal.signal(number, caught) for number in stop.signals()}
-    # Processes inherit what is ignored, but not what has a handler; ours has nothing to do with these.
-    for sent in stop.sent():
-        if signal.getsignal(sent) is signal.SIG_IGN:
-            before[sent] = signal.signal(sent, lambda *_: None)
     try:
         yield asked
     finally:

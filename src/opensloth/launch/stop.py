@@ -30,7 +30,7 @@ def peer_lost() -> signal.Signals:
 
 def sent() -> tuple[signal.Signals, ...]:
     """What our launcher sends to its workers. Where these were ignored or held back when the launcher itself was
-    started, they would be so in the workers too, and a run could neither be stopped nor ended."""
+    started, they are so in the workers too until those see to it: else a run could neither be stopped nor ended."""
     return forwarded(), peer_lost()
 
 

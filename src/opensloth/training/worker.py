@@ -25,6 +25,7 @@ def main() -> None:
 def run(run_dir: Path) -> None:
     """Train the job of a run directory, as one of its processes."""
     log.quiet_libraries()
+    paths.keep_compiled()
     device_name = claim_device()  # before torch is imported: it may hide the other cards
     record = paths.read_json(run_dir / "job.json", "a run directory")
     method = record["method"]

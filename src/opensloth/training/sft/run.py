@@ -16,7 +16,7 @@ from opensloth.data.models.resolve import ModelRef
 from opensloth.data.plan.schedule import Schedule, schedule
 from opensloth.data.prepared.directory import Prepared
 from opensloth.engine import Engine, choose, load, matmul
-from opensloth.engine.memory import MemoryPlan
+from opensloth.engine.memory import MemoryPlan, Shape
 from opensloth.training import plan
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
@@ -69,8 +69,9 @@ def fitted(
         return planned(), graphs
     memory = planned(may_record=True)
     steps = Steps(laid_out, batcher, memory.pack_tokens, place.rank, place.processes)
-    shape, slower = steps.shape(longest), any(of_all(matmul.times != 1))
-    graphs = choose.worth_recording(shape.tokens, partial(steps.filled, shape), slower)
+    packs, slower = steps.shape(longest), any(of_all(matmul.times != 1))
+    shape = Shape.of(engine.model.config)
+    graphs = choose.worth_recording(shape, packs.tokens, steps.filled(packs), slower)
     return memory if graphs.value == "on" else planned(), graphs
 
 
