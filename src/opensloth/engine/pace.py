@@ -1,16 +1,16 @@
 """How long a pack takes the card, and the host that launches its kernels: the rule by which passes are recorded.
 
-The host needs as long for a small pack as for a large one. Fitted to what an H200 was measured at
-(docs/performance.md): Qwen3 of 0.6B and 4B in packs of 33,000 tokens, and of 4B in packs of 4,096, recorded and not.
+The host needs as long for a small pack as for a large one. Fitted to what H200 were measured at (docs/performance.md):
+models of 135M, 0.6B and 4B in packs of 4,096 to 33,000 tokens, recorded and not, whose speeds it tells within a fifth.
 Elsewhere it is a guess, of which LEAST_FILLED limits what can be lost.
 """
 
 from opensloth.engine.memory import Shape
 
 LAUNCHING = 6e-3  # seconds of the host for a layer with adapters, forward and backward
-LATE = 0.15  # of that time the card waits though it has more to do: now and then the host is late
+LATE = 0.25  # of that time the card waits though it has more to do: now and then the host is late
 WEIGHT = 5.7e-15  # seconds of the card for each token and weight: 4 operations, 7e14 of them in a second
-OUTPUT = 1.7e-11  # for each token and number that comes out of a layer's matmuls: all that is done with it besides
+OUTPUT = 1.5e-11  # for each token and number that comes out of a layer's matmuls: all that is done with it besides
 ADDING = 2e-12  # for each such number where a recording adds an adapter's share in fp32 (engine/matmul.py)
 LEAST_FILLED = 0.75  # of the tokens of packs that are all filled up to one size must be real
 
