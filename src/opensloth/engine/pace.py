@@ -11,7 +11,7 @@ LAUNCHING = 6e-3  # seconds of the host for a layer with adapters, forward and b
 LATE = 0.25  # of that time the card waits though it has more to do: now and then the host is late
 WEIGHT = 5.7e-15  # seconds of the card for each token and weight: 4 operations, 7e14 of them in a second
 OUTPUT = 1.5e-11  # for each token and number that comes out of a layer's matmuls: all that is done with it besides
-ADDING = 2e-12  # for each such number where a recording adds an adapter's share in fp32 (engine/matmul.py)
+ADDING = 4e-12  # for each such number where a recording adds an adapter's share in fp32 (engine/matmul.py)
 LEAST_FILLED = 0.75  # of the tokens of packs that are all filled up to one size must be real
 
 
