@@ -733,9 +733,9 @@ def test_a_run_that_learns_nothing_says_what_to_change_and_says_it_once(here, tm
     assert not (tmp_path / "stopped" / "result.json").exists()
 
 
-def advised(logs, capsys, *, steps=1, stop=False):
+def advised(logs, capsys, *, steps=1, stop=False, judges=True):
     """What is said of `steps` logs with these figures."""
-    advice = Advice(stop=stop, speaks=True, max_new=64, every=1)
+    advice = Advice(stop=stop, speaks=True, judges=judges, max_new=64, every=1)
     control = TrainerControl()
     for step in range(1, steps + 1):
         state = SimpleNamespace(global_step=step, max_steps=100)
@@ -745,7 +745,7 @@ def advised(logs, capsys, *, steps=1, stop=False):
 
 
 def test_logs_without_a_spread_are_counted_on_where_a_run_goes_on():
-    advice = Advice(stop=True, speaks=False, max_new=64, every=1)
+    advice = Advice(stop=True, speaks=False, judges=True, max_new=64, every=1)
     before = [{"frac_reward_zero_std": share} for share in (1.0, 0.5, *[1.0] * (PATIENCE - 1))]
     control, args = TrainerControl(), SimpleNamespace(logging_steps=1)
     state = SimpleNamespace(global_step=len(before), max_steps=100, log_history=[*before, {"eval_reward": 1.0}])
@@ -759,6 +759,12 @@ def test_problems_that_are_all_solved_are_called_so(capsys):
     said, _ = advised({"pass_rate": 1.0}, capsys, steps=3)
     assert said.count("have nothing to teach") == 1
     assert advised({"pass_rate": 0.5, "completions/clipped_ratio": 0.5}, capsys, steps=3)[0] == ""
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_how_many_answers_are_right_does_not_matter_where_that_is_not_rewarded(rate, capsys):
+    assert advised({"pass_rate": rate}, capsys)[0] != ""
+    assert advised({"pass_rate": rate}, capsys, judges=False)[0] == ""
 
 
 def test_without_a_spread_the_way_out_depends_on_the_level(capsys):

@@ -320,3 +320,15 @@ def test_two_commands_do_not_train_in_one_directory(tmp_path):
         pass
     with run_directory.one_command(tmp_path / "run", World(("cpu",))):
         pass  # free again
+
+
+@pytest.mark.parametrize(("fraction", "warned"), [("0", True), ("0.2", False)])
+def test_evaluation_of_nothing_is_told(fraction, warned, tmp_path, monkeypatch, capfd):
+    def no_run(*_, **__):
+        raise UserError("This is as far as it goes.")
+
+    monkeypatch.setattr(run_directory, "run_workers", no_run)
+    monkeypatch.chdir(tmp_path)
+    job = ["sft", "sample:arithmetic", "--model", "sample:tiny", "--samples", "20", "--eval-steps", "5"]
+    assert program.run(train.app, [*job, "--processes", "1", "--eval-fraction", fraction]) == 2
+    assert ("--eval-steps evaluates nothing" in capfd.readouterr().err) == warned

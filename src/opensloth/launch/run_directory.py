@@ -134,6 +134,8 @@ def run(
     if speaks():
         for name, text in notes.items():
             log.say(f"{name}: {text}")
+        if job.eval_steps and not prepared.is_eval.any():
+            log.warn("--eval-steps evaluates nothing: no rows are held out (--eval-fraction, where data is prepared).")
     if prepared.manifest.shards != world.processes:
         log.say(
             f"processes: the data was planned for {prepared.manifest.shards}; its rows are dealt to {world.processes}"

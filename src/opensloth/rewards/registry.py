@@ -26,6 +26,7 @@ REWARDS: dict[str, str] = {
     "math_number": "the right value, in any form: up to 3.5",
     "demo_reward": "0; shows a sample now and then",
 }
+OF_ANSWERS = {"math_answer", "math_number"}  # compare with the data's own
 TOP = {"math_format": maths.FORMAT_EXACT, "math_answer": 5.0, "math_number": 3.5}
 
 TASKS: dict[str, tuple[str, ...]] = {"math": ("math_format", "math_answer", "math_number", "demo_reward")}

@@ -13,13 +13,16 @@ MOST_CUT = 0.5  # share of completions that reach --max-new
 class Advice(TrainerCallback):
     """Watches what is logged. All processes see the same figures, and with `stop` all of them end at the same step.
 
+    Args:
+        judges: whether answers that are right are rewarded: else it does not matter how many are.
     Attributes:
         stopped: why the run was ended; None where it was not.
     """
 
-    def __init__(self, *, stop: bool, speaks: bool, max_new: int, every: int) -> None:
+    def __init__(self, *, stop: bool, speaks: bool, judges: bool, max_new: int, every: int) -> None:
         self.stop = stop
         self.speaks = speaks
+        self.judges = judges
         self.max_new = max_new
         self.every = every
         self.flat = 0
@@ -46,7 +49,7 @@ class Advice(TrainerCallback):
     def look(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
         """Say what the figures of new completions call for."""
         self.count(logs)
-        rate = logs.get("pass_rate")
+        rate = logs.get("pass_rate") if self.judges else None
         if "start" not in self.told and state.global_step <= args.logging_steps:
             self.told.add("start")
             if rate == 0:

@@ -95,7 +95,7 @@ class KeepsRollouts:
             for prompt, rollout, one in zip(self.asked["prompts"], self.rollouts, judged, strict=True)
         ]
         found = gathered(mine)
-        if self.run.contract.tags:
+        if self.run.contract.tags and any(one.answer for one in found):
             share = sum(bool(one.right) for one in found) / len(found)
             self._metrics["train"]["pass_rate"].append(share)
         if self.accelerator.is_main_process:

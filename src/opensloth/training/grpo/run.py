@@ -23,6 +23,7 @@ from opensloth.engine import Engine, choose, load, memory, native, policy
 from opensloth.errors import UserError
 from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
+from opensloth.rewards.registry import OF_ANSWERS
 from opensloth.rollout import room as rooms
 from opensloth.rollout.decode import why_not
 from opensloth.rollout.generate import bytes_of_row
@@ -81,7 +82,13 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
             log.say("vLLM starts, which takes a minute")
         decoder.start(engine.model)
     updates = job.updates_per_batch
-    advice = Advice(stop=job.zero_signal == "stop", speaks=place.leads, max_new=job.max_new, every=updates)
+    advice = Advice(
+        stop=job.zero_signal == "stop",
+        speaks=place.leads,
+        judges=not OF_ANSWERS.isdisjoint(trainer.reward_func_names),
+        max_new=job.max_new,
+        every=updates,
+    )
     trainer.add_callback(advice)
 
     def finish(seconds: float) -> dict[str, Any]:
