@@ -149,6 +149,7 @@ def test_what_imports_set_stays(tmp_path: Path) -> None:
 
 def test_new_ones_are_started_once_the_hub_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clients read that as they are imported."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with ahead.begun(world(1), "sft", "native", libraries="libraries"):
         (pid,) = begun(tmp_path, 1)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,6 +1,7 @@
 """From prepared data to micro-batches and their loss: however a step is divided, it adds up to the same."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,22 @@ def test_no_step_has_packs_of_another_shape(prepared, monkeypatch):
     assert steps.filled(shape) > 0.5
 
 
+def test_a_long_row_in_a_step_that_was_not_looked_at_has_the_shape_too(prepared, monkeypatch):
+    monkeypatch.setattr(loader, "LOOKED_AT", 1)
+    steps = steps_of(prepared)
+    lengths = steps.plan.lengths.copy()
+    largest = max(range(len(steps)), key=steps.plan.tokens)
+    row = steps.plan.steps[(largest + 1) % len(steps)][0]
+    lengths[row] = 150
+    steps.plan = replace(steps.plan, lengths=lengths)
+    steps.pack_tokens = 150
+    shape = steps.shape(150)
+    assert shape.tokens == 150
+    steps.fill_up(shape)
+    for number in range(len(steps)):
+        assert all(int(lengths[rows].sum()) <= shape.tokens for rows in steps.rows(number))
+
+
 def test_the_step_that_follows_is_made_while_one_trains(prepared, monkeypatch):
     steps, made = steps_of(prepared), []
     make = Steps.make
@@ -238,21 +255,24 @@ def test_the_loader_gives_whole_steps_in_order(prepared):
 
 
 @pytest.mark.parametrize(
-    ("launching", "times", "expected"),
+    ("changed", "times", "expected"),
     [
-        (1.0, 1.0, ("none", "on")),
-        (1.0, 2.0, ("none", "on")),
-        (1e-9, 2.0, ("selective", "off")),  # the host is faster than the card
+        ({}, 1.0, ("none", "on")),
+        ({}, 2.0, ("none", "on")),
+        ({"LAUNCHING": 1e-9}, 2.0, ("selective", "off")),  # the host is faster than the card
+        ({"ADDING": 1.0}, 1.0, ("none", "on")),
+        ({"ADDING": 1.0}, 2.0, ("selective", "off")),  # shares are added far more slowly
+        ({"LEAST_FILLED": 1.1}, 1.0, ("selective", "off")),  # rows do not fill them
     ],
 )
-def test_packs_are_small_only_where_they_are_recorded(prepared, launching, times, expected, monkeypatch):
+def test_packs_are_small_only_where_they_are_recorded(prepared, changed, times, expected, monkeypatch):
     def plan(*_, longest, step, may_record=False):
         return MemoryPlan(160, "none") if may_record else MemoryPlan(400, "selective")
 
     monkeypatch.setattr(run.plan, "choose", plan)
     monkeypatch.setattr(choose, "may_record", lambda *_: choose.RECORDED)
-    monkeypatch.setattr(pace, "LAUNCHING", launching)
-    monkeypatch.setattr(pace, "LEAST_FILLED", 0.0)
+    for name, value in {"LAUNCHING": 1.0, "LEAST_FILLED": 0.0, **changed}.items():
+        monkeypatch.setattr(pace, name, value)
     monkeypatch.setattr(matmul, "times", times)
     job, engine = (
         SftJob(data=prepared.directory, tokens_per_step=400),

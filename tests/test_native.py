@@ -254,10 +254,12 @@ def test_passes_are_recorded_where_the_host_is_what_a_pack_waits_for(shape, toke
         (QWEN_4, 32_512, False, 28_822),
         (QWEN_4, 4_096, True, 25_558),
         (QWEN_4, 4_096, False, 18_856),
-        (SMOL, 33_000, True, 345_094),
-        (SMOL, 33_000, False, 150_210),
-        (SMOL, 8_300, True, 286_413),
-        (SMOL, 8_300, False, 39_497),
+        (QWEN_06, 16_384, False, 68_033),
+        (QWEN_06, 8_192, False, 36_358),
+        (SMOL, 33_280, True, 345_094),
+        (SMOL, 33_280, False, 150_210),
+        (SMOL, 8_448, True, 286_413),
+        (SMOL, 8_448, False, 39_497),
     ],
 )
 def test_the_rule_foresees_what_was_measured(shape, tokens, recorded, measured):

@@ -19,7 +19,7 @@ class Choice:
     why: str
 
 
-RECORDED = Choice("on", "a pack is two launches for the host, not thousands")
+RECORDED = Choice("on", "a pack is a few launches for the host, not thousands")
 
 
 def engine(options: TrainOptions, device: torch.device) -> Choice:
@@ -99,7 +99,7 @@ def may_record(options: TrainOptions, device: torch.device, recordable: bool) ->
 
 
 def worth_recording(shape: Shape, pack_tokens: int, filled: float, slower: bool) -> Choice:
-    """The same, once it is known what packs there are; by the rule of engine/pace.py.
+    """The same, once it is known what packs there are: where they take less time recorded (engine/pace.py).
 
     Args:
         filled: the share of real tokens in packs that are all filled up to `pack_tokens`.

@@ -30,8 +30,8 @@ Record = Callable[[Callable[[], None]], Callable[[], object]]
 # are long.
 TOLERANCE = 0.25
 NOISE = 1e-3  # of the longest gradient: shorter ones may be rounding and nothing else
-MOST_RECORDINGS = 3  # one after the other, each given up for a pack of another shape before it was
-WORTH_IT = 50  # packs old; a recording takes as long as some ten launched one by one
+WORTH_IT = 50  # packs, after which a recording has paid: making one takes as long as some ten packs
+MOST_RECORDINGS = 3  # in a row that a pack of another shape ended before that
 
 
 def by_itself(work: Callable[[], None]) -> Callable[[], object]:

@@ -1,8 +1,10 @@
 """How long a pack takes the card, and the host that launches its kernels: the rule by which passes are recorded.
 
-The host needs as long for a small pack as for a large one. Fitted to what H200 were measured at (docs/performance.md):
-models of 135M, 0.6B and 4B in packs of 4,096 to 33,000 tokens, recorded and not, whose speeds it tells within a fifth.
-Elsewhere it is a guess, of which LEAST_FILLED limits what can be lost.
+The host needs as long for a small pack as for a large one. Fitted to what H200 were measured at (docs/performance.md),
+whose speeds it tells within a fifth: models of 135M, 0.6B and 4B, launched one by one in packs of 4,096 to 33,792
+tokens, and recorded in such of 4,096 (4B) or 8,192 (the others) and more. Smaller ones take longer than it says, which
+makes no other choice. It knows nothing of recomputed layers, of bases in 4 bits, and of cards that compute in fp32;
+LEAST_FILLED limits what can be lost by that.
 """
 
 from opensloth.engine.memory import Shape

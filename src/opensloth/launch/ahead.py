@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from opensloth.launch import failure
 from opensloth.launch.environment import process_environment, quiet_torch
 from opensloth.launch.world import World, under_torchrun
 
@@ -132,15 +133,17 @@ class Waiting:
         self.thread.start()
 
     def hear(self, pipe: TextIO) -> None:
-        line = pipe.readline()
-        if not line:
-            os._exit(0)
-        self.told = json.loads(line)
-        for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (self.told["log"], os.O_WRONLY | os.O_APPEND, 1)):
-            opened = os.open(path, flags)
-            os.dup2(opened, number)
-            os.close(opened)
-        os.dup2(1, 2)
+        """In a thread, whose errors nobody would see: the process ends with them."""
+        try:
+            line = pipe.readline()
+            if not line:
+                os._exit(0)
+            self.told = json.loads(line)
+            put(os.devnull, os.O_RDONLY, 0)
+            put(self.told["log"], os.O_WRONLY | os.O_APPEND, 1)
+            os.dup2(1, 2)
+        except Exception:
+            os._exit(failure.BUG)
 
     def become_worker(self) -> list[str]:
         """Wait to be told. Returns the worker's arguments, and leaves its environment, with what imports have set."""
@@ -150,3 +153,10 @@ class Waiting:
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in wanted.items() if self.began_with.get(name) != value})
         return list(self.told["arguments"])
+
+
+def put(path: str, flags: int, number: int) -> None:
+    """Have a file in the place of an open one, by its number."""
+    opened = os.open(path, flags)
+    os.dup2(opened, number)
+    os.close(opened)

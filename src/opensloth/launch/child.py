@@ -79,6 +79,7 @@ def begin_early(libraries: str, method: str) -> list[str]:
 
 def main() -> None:
     faulthandler.enable()
+    hear_launcher()
     die_with_launcher(int(os.environ[stop.LAUNCHER]))
     arguments = sys.argv[1:]
     if arguments[0] == ahead.WAIT:
@@ -87,7 +88,6 @@ def main() -> None:
     module, run_dir = arguments
     # The launcher gave stdout a file; stderr joins it there, so that the log holds both in their order.
     os.dup2(1, 2)
-    hear_launcher()
     watch = pulse.Watch(Path(run_dir) / "logs", int(os.environ["RANK"]), int(os.environ["OPENSLOTH_TIMEOUT"]))
     watch.start()
     code = run(module, run_dir)

@@ -18,7 +18,7 @@ from opensloth.training.load import Load
 
 NOTHING = 2  # tokens of an empty pack
 LOOKED_AT = 50  # steps by which the shape of packs is chosen, the largest ones
-ROWS = 1.5  # room for rows of a pack, over the most that were seen: one with more keeps its own shape
+ROWS = 1.5  # room for rows of a pack, over the most that were seen: one with more has a shape of its own
 
 
 class Step(TypedDict):
@@ -157,18 +157,20 @@ class Steps(Dataset[Step]):
         return Load(sum(tokens), sum(slots), sum(room))
 
     def shape(self, longest: int) -> Shape:
-        """A shape for the packs of all processes: that of the largest in the largest steps.
+        """A shape for the packs of all processes: that of the largest in the largest steps, or of a row that is longer.
 
         Args:
-            longest: tokens of the longest row.
+            longest: tokens of the longest row, be it held out.
         """
         largest = sorted(range(len(self)), key=self.plan.tokens, reverse=True)[:LOOKED_AT]
         packs = self.packs(largest, self.pack_tokens)
         tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
+        tokens = max(tokens, *(int(self.plan.lengths[rows].max()) for rows in self.plan.steps))  # a pack of its own
         return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
     def fill_up(self, shape: Shape) -> None:
-        """Give every pack this shape. Steps are dealt anew, since one that went into a single pack may have more."""
+        """Fill packs up to this shape. Those that are cut by tokens are dealt anew to hold no more: a step that just
+        went into one pack has more tokens than the halves of one that did not."""
         self.batcher.shape, self.pack_tokens = shape, shape.tokens
 
     def filled(self, shape: Shape) -> float:

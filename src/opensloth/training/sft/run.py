@@ -84,7 +84,10 @@ def with_one_shape(
         log.say(f"compiled layers: {compiling.value}, {compiling.why}")
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if "on" in (compiling.value, graphs.value):
-        run.steps.fill_up(run.steps.shape(longest))
+        shape = run.steps.shape(longest)
+        run.steps.fill_up(shape)
+        if place.leads:
+            log.say(f"packs are filled up to {shape.tokens:,} tokens")
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
