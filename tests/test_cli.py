@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,7 @@ def test_a_wrong_command_line_exits_2_with_one_line_and_a_hint(here, call, app, 
 
 def test_an_option_of_the_other_command_is_sent_there(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["os-sft", "dir", "--max_seq_length", "5"])
+    monkeypatch.setattr(sft, "leave", sys.exit)
     with pytest.raises(SystemExit, match="2"):
         sft.main()
     assert "os-data" in capsys.readouterr().err
@@ -550,3 +552,26 @@ def test_a_signal_within_text_that_is_executed_ends_a_program_with_its_code(tmp_
     )
     ended = subprocess.run([sys.executable, "-m", "ended"], cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert ended.returncode == STOPPED
+
+
+def test_what_a_killed_command_left_is_removed_when_nobody_can_be_at_work_on_it(tmp_path):
+    target, long_ago = tmp_path / "rows", time.time() - 2 * paths.LEFT_SECONDS
+    left, busy, other = (tmp_path / name for name in (".rows.abc", ".rows.def", ".rows2.abc"))
+    for directory in (left, busy, other):
+        directory.mkdir()
+        (directory / "part").touch()
+        os.utime(directory / "part", (long_ago, long_ago))
+        os.utime(directory, (long_ago, long_ago))
+    (busy / "part").touch()
+    with paths.new_directory(target) as directory:
+        (directory / "done").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".rows.def", ".rows2.abc", "rows"]
+
+
+def test_a_command_ends_at_once_with_its_code_and_all_that_it_said():
+    code = (
+        "import atexit, sys; from opensloth.cli.program import leave\n"
+        "atexit.register(lambda: print('last')); print('first', end=' '); leave(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "first last\n", "")

@@ -134,6 +134,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(call, here, started, a
 
 def test_an_option_of_os_data_is_sent_there(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["os-grpo", "dir", "--max_prompt_len", "5"])
+    monkeypatch.setattr(grpo, "leave", sys.exit)
     with pytest.raises(SystemExit, match="2"):
         grpo.main()
     assert "os-data" in capsys.readouterr().err

@@ -346,6 +346,7 @@ def test_a_killed_worker_is_named_with_its_signal_and_last_lines(tmp_path: Path,
     error = failed(tmp_path, name, errors.WorkerFailed)
     assert error.message == "Process 1 (cpu) was killed by SIGKILL."
     assert "step 9 of rank 1" in error.hint
+    assert failure.GOES_ON in error.hint
     assert str(tmp_path / "run" / "logs" / "rank_1.log") in error.hint
 
 

@@ -1,16 +1,20 @@
 """Files that are complete or absent: atomic writes, the cache folder, digests, checks before long work."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opensloth.errors import UserError
+
+LEFT_SECONDS = 3600  # without a sign of life, after which a half-made directory belongs to nobody
 
 
 def cache_dir() -> Path:
@@ -59,6 +63,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     """Fill a temporary directory beside `target`, which takes its place only when the block ends without an error."""
     target = target.absolute()
     check_writable(target)
+    remove_left(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         os.chmod(temporary, 0o755)
@@ -82,6 +87,13 @@ def new_directory(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_left(target: Path) -> None:
+    """What killed processes have left of `new_directory`; not what another machine may be at work on."""
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if old.is_dir() and time.time() > LEFT_SECONDS + max(path.stat().st_mtime for path in (old, *old.rglob("*"))):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from opensloth import log
 from opensloth.cli.options import Request, add_command, elsewhere, new_app
-from opensloth.cli.program import reader_may_leave, run
+from opensloth.cli.program import leave, reader_may_leave, run
 from opensloth.config.jobs import DataJob, GrpoJob, SftJob
 from opensloth.errors import UserError, nearest
 
@@ -137,7 +137,7 @@ def report(prepared: "Prepared", as_json: bool) -> None:
 
 def main() -> None:
     hint = "That is a setting of training: give it to os-sft or os-grpo, or to os-train."
-    sys.exit(run(app, sys.argv[1:] or ["--help"], elsewhere(DataJob, Training, hint)))
+    leave(run(app, sys.argv[1:] or ["--help"], elsewhere(DataJob, Training, hint)))
 
 
 if __name__ == "__main__":

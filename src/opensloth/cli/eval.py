@@ -1,7 +1,6 @@
 """`os-eval`: models answer held-out problems, side by side."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from opensloth import log
 from opensloth.cli.options import Request, add_command, new_app
-from opensloth.cli.program import run
+from opensloth.cli.program import leave, run
 from opensloth.config.jobs import EvalJob
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def wrong(found: "Comparison") -> list[tuple[Any, str]]:
 def table(reports: "list[Report]", problems: int) -> Table:
     """One column a model, one row a figure; what is not there for any model is left out."""
     first = reports[0]
-    columns = Table(title=f"{problems} held-out problems", title_justify="left")
+    columns = Table(title=f"{problems} problems", title_justify="left")
     columns.add_column("")
     for report in reports:
         columns.add_column(report.model, justify="right", overflow="fold")
@@ -120,7 +119,7 @@ add_command(app, "eval", EvalJob, evaluate, help=HELP)
 
 
 def main() -> None:
-    sys.exit(run(app))
+    leave(run(app))
 
 
 if __name__ == "__main__":

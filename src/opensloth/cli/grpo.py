@@ -1,10 +1,8 @@
 """`os-grpo DIR`: train a policy on prompts and rewards."""
 
-import sys
-
 from opensloth.cli.options import Request, Shows, add_command, elsewhere, new_app
 from opensloth.cli.prepared import ELSEWHERE, open_for
-from opensloth.cli.program import run
+from opensloth.cli.program import leave, run
 from opensloth.cli.result import report
 from opensloth.config.jobs import DataJob, GrpoJob
 from opensloth.launch import ahead
@@ -48,7 +46,7 @@ add_command(app, "grpo", GrpoJob, grpo, help=HELP, beside=DataJob, shows=SHOWS)
 
 
 def main() -> None:
-    sys.exit(run(app, elsewhere=elsewhere(GrpoJob, DataJob, ELSEWHERE)))
+    leave(run(app, elsewhere=elsewhere(GrpoJob, DataJob, ELSEWHERE)))
 
 
 if __name__ == "__main__":

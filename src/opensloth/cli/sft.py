@@ -1,10 +1,8 @@
 """`os-sft DIR`: train an adapter on prepared data."""
 
-import sys
-
 from opensloth.cli.options import Request, add_command, elsewhere, new_app
 from opensloth.cli.prepared import ELSEWHERE, open_for
-from opensloth.cli.program import run
+from opensloth.cli.program import leave, run
 from opensloth.cli.result import report
 from opensloth.config.jobs import DataJob, SftJob
 from opensloth.launch import ahead
@@ -33,7 +31,7 @@ add_command(app, "sft", SftJob, sft, help=HELP, beside=DataJob)
 
 
 def main() -> None:
-    sys.exit(run(app, elsewhere=elsewhere(SftJob, DataJob, ELSEWHERE)))
+    leave(run(app, elsewhere=elsewhere(SftJob, DataJob, ELSEWHERE)))
 
 
 if __name__ == "__main__":

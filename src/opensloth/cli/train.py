@@ -8,7 +8,7 @@ import typer
 
 from opensloth.cli import verify
 from opensloth.cli.options import Request, add_command, new_app
-from opensloth.cli.program import run
+from opensloth.cli.program import leave, run
 from opensloth.cli.result import report
 from opensloth.cli.two_in_one import data_job, start_grpo, start_sft
 from opensloth.config.jobs import TrainGrpoJob, TrainSftJob
@@ -59,7 +59,7 @@ def demo(
 
 
 def main() -> None:
-    sys.exit(run(app, sys.argv[1:] or ["--help"]))
+    leave(run(app, sys.argv[1:] or ["--help"]))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,12 @@ def prepare_data(
         check_output(job.output)
     wanted = data_job(job, world.processes)
     prepared = leader_first("data", lambda: prepare(wanted, check))
-    dropped = sum(prepared.manifest.dropped.values())
+    reasons = prepared.manifest.dropped
+    most = "; ".join(f"{count:,} x {reason}" for reason, count in list(reasons.items())[:2])
+    dropped = sum(reasons.values())
     log.say(
         f"data: {prepared.manifest.rows_kept:,} rows, {prepared.manifest.tokens:,} tokens in {prepared.directory}"
-        + (f"; {dropped:,} dropped, see dropped.jsonl there" if dropped else "")
+        + (f"; {dropped:,} dropped, see dropped.jsonl there ({most})" if dropped else "")
     )
     return prepared
 

@@ -71,6 +71,7 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
     hints = ["The system kills what takes too much memory."] if "SIGKILL" in report.message else []
     if path and path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL:
         hints.append(f"The disk of {run_dir} is full.")
+    hints.append(f"{failure.GOES_ON} With --max-restarts it does so by itself.")
     if path and (lines := _last_lines(path)):
         hints.append("Its last lines:\n" + "\n".join(f"  {line}" for line in lines))
     return WorkerFailed(f"{name} {report.message}", "\n".join([*hints, where]))
@@ -88,7 +89,8 @@ def append_to_log(run_dir: Path, report: Report) -> None:
     path = elastic.log_path(run_dir, report.rank)
     if path.exists() and not report.stopped:
         with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk
-            file.write(f"{report.traceback}error: {report.message} {report.hint}".rstrip() + "\n")
+            who = f"process {report.rank} " if report.kind in {failure.DEAD, failure.ENDED} else ""
+            file.write(f"{report.traceback}error: {who}{report.message} {report.hint}".rstrip() + "\n")
 
 
 def no_meeting(world: World, error: BaseException) -> OpenSlothError:

@@ -101,7 +101,8 @@ def _unknown(columns: list[str], mapping: Mapping[str, str], shapes: Mapping[str
     else:
         message = f"No row format has the columns {', '.join(columns)}."
     suggestion = _suggest(columns, mapping, shapes)
-    return UserError(message, f"{f'Try {suggestion}. ' if suggestion else ''}Formats: {known}.")
+    needed = "Every row needs its gold answer, also with rewards of your own. " if method == "grpo" else ""
+    return UserError(message, f"{needed}{f'Try {suggestion}. ' if suggestion else ''}Formats: {known}.")
 
 
 def _suggest(columns: list[str], mapping: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
