@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,10 @@ def new_directory(target: Path) -> Iterator[Path]:
 def remove_left(target: Path) -> None:
     """What killed processes have left of `new_directory`; not what another machine may be at work on."""
     for old in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        if old.is_dir() and time.time() > LEFT_SECONDS + max(path.stat().st_mtime for path in (old, *old.rglob("*"))):
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # another process removes it, or it is not ours to look into
+            newest = max(path.stat().st_mtime for path in (old, *old.rglob("*")))
+            if old.is_dir() and time.time() > newest + LEFT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
