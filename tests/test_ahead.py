@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from opensloth.cli import program, train
 from opensloth.launch import ahead, run_directory
 from opensloth.launch.launcher import run_workers
 from opensloth.launch.world import World
+from test_launch import PATIENCE, gone, until
 
-PATIENCE = 60
 BEGIN = ahead._begin  # before tests' own is put in its place
 LIBRARIES = """
 import json, os
@@ -61,13 +59,6 @@ def begun(directory: Path, count: int) -> list[int]:
     return [int(path.name.rpartition("-")[2]) for path in directory.glob("begun-sft-*[0-9]")]
 
 
-def until(fact: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not fact():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-
-
 def run(tmp_path: Path, processes: int = 2, max_restarts: int = 0) -> Path:
     run_workers(world(processes), tmp_path / "run", max_restarts=max_restarts, timeout=PATIENCE, module="own_worker")
     return tmp_path / "run"
@@ -92,14 +83,6 @@ def reaped(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def gone(pid: int) -> bool:
-    """It runs no more; its parent may not know yet."""
-    if reaped(pid):
-        return True
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_the_waiting_processes_become_the_workers(tmp_path: Path) -> None:

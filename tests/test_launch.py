@@ -401,6 +401,12 @@ def until(fact: Callable[[], Any], process: subprocess.Popen[str] | None = None)
         threading.Event().wait(0.02)
 
 
+def gone(pid: int) -> bool:
+    """It runs no more; its parent may not know yet."""
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_lets_every_worker_save_and_ends_as_stopped(
     tmp_path: Path, worker: Callable[[str], str], number: signal.Signals
@@ -544,11 +550,6 @@ def test_workers_die_with_a_killed_launcher(tmp_path: Path, worker: Callable[[st
     pids = [int((run_dir / f"pid{rank}").read_text()) for rank in (0, 1)]
     parent.kill()
     parent.communicate()
-
-    def gone(pid: int) -> bool:
-        state = Path(f"/proc/{pid}/stat")
-        return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
     until(lambda: all(gone(pid) for pid in pids))
 
 

@@ -80,27 +80,24 @@ def taken(log_of: Callable[[Mapping[str, str]], Path]) -> Iterator[None]:
     """
     if _of_the_hub() != _begun_with:  # such as that it cannot be reached: they would try for minutes
         end_waiting()
-    if not _waiting:
-        yield
-        return
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     start = getattr(SubprocessHandler, "_popen", None)  # not public; it is there from torch 2.9 to 2.13
+    if not _waiting or start is None:
+        yield
+        return
 
     def take(handler: Any, arguments: tuple[str, ...], environment: dict[str, str]) -> Any:
-        assert start is not None
         process = _waiting.pop(int(environment["LOCAL_RANK"]), None)
         if process is not None and _hand_over(process, arguments[-2:], environment, log_of(environment)):
             return process
         return start(handler, arguments, environment)
 
-    if start is not None:
-        SubprocessHandler._popen = take  # type: ignore[method-assign, assignment]
+    SubprocessHandler._popen = take  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        if start is not None:
-            SubprocessHandler._popen = start  # type: ignore[method-assign]
+        SubprocessHandler._popen = start  # type: ignore[method-assign]
 
 
 def _hand_over(

@@ -69,6 +69,11 @@ class Report:
     def expected(self) -> bool:
         return self.kind in {UserError.__name__, WorkerFailed.__name__, RunStopped.__name__}
 
+    @property
+    def wordless(self) -> bool:
+        """Whether the parent made it up, for a worker that left none."""
+        return self.kind in {DEAD, ENDED}
+
 
 def describe(error: BaseException) -> Report:
     """The report of an error that ended this process."""

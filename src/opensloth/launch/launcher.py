@@ -91,7 +91,7 @@ def _attempt(world: World, run_dir: Path, timeout: int, module: str, attempt: in
     lost = meeting.who_left() if meeting and not cause.stopped else None
     if meeting and not cause.stopped:
         meeting.leave()
-    if asked.count and (cause.kind in {failure.DEAD, failure.ENDED} or cause.lost_peer):
+    if asked.count and (cause.wordless or cause.lost_peer):
         raise RunStopped(f"Stopped by {asked.name} before a new checkpoint was complete.", failure.GOES_ON)
     if asked.count and cause.stopped:  # the user sent that signal, not the one we passed on
         return replace(cause, message=cause.message.replace(stop.forwarded().name, asked.name))

@@ -64,7 +64,7 @@ def as_error(report: Report, world: World, run_dir: Path | None) -> OpenSlothErr
     local = report.rank - world.node_rank * len(world.devices)
     if 0 <= local < len(world.devices):
         name += f" ({world.devices[local]})"
-    if report.kind not in {failure.DEAD, failure.ENDED}:
+    if not report.wordless:
         lost = " It lost another process, whose log may say why." if report.lost_peer else ""
         told = filter(None, (report.traceback.rstrip(), report.hint, where))
         return WorkerFailed(f"{name} failed: {report.message}{lost}", "\n".join(told))
@@ -89,7 +89,7 @@ def append_to_log(run_dir: Path, report: Report) -> None:
     path = elastic.log_path(run_dir, report.rank)
     if path.exists() and not report.stopped:
         with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk
-            who = f"process {report.rank} " if report.kind in {failure.DEAD, failure.ENDED} else ""
+            who = f"process {report.rank} " if report.wordless else ""
             file.write(f"{report.traceback}error: {who}{report.message} {report.hint}".rstrip() + "\n")
 
 
@@ -111,7 +111,7 @@ def lost_machine(world: World, cause: Report, left: int | None, timeout: int) ->
     """
     if world.nnodes == 1:
         return cause
-    if not cause.lost_peer and (left is None or cause.kind not in {failure.DEAD, failure.ENDED}):
+    if not cause.lost_peer and (left is None or not cause.wordless):
         return cause
     hint = "The same command, started on all machines, goes on from the last checkpoint."
     if left is not None:

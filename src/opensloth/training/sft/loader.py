@@ -164,9 +164,9 @@ class Steps(Dataset[Step]):
         """
         largest = sorted(range(len(self)), key=self.plan.tokens, reverse=True)[:LOOKED_AT]
         packs = self.packs(largest, self.pack_tokens)
-        tokens = max(int(self.plan.lengths[rows].sum()) for rows in packs)
-        tokens = max(tokens, *(int(self.plan.lengths[rows].max()) for rows in self.plan.steps))  # a pack of its own
-        return Shape(tokens, math.ceil(ROWS * max(map(len, packs))) + 1, longest)
+        most = max(int(self.plan.lengths[rows].sum()) for rows in packs)
+        alone = int(self.plan.lengths[np.concatenate(self.plan.steps)].max())  # a row above all packs gets its own
+        return Shape(max(most, alone), math.ceil(ROWS * max(map(len, packs))) + 1, longest)
 
     def fill_up(self, shape: Shape) -> None:
         """Fill packs up to this shape. Those that are cut by tokens are dealt anew to hold no more: a step that just
