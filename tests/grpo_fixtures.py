@@ -119,7 +119,18 @@ def train(*arguments, expect=0):
     return out.getvalue()
 
 
-def train_in_two_processes(*jobs):
+RECORDS = "RECORDS_PACKS"  # in the environment of `train_in_two_processes`
+
+
+def record_packs(patch):
+    """Packs are filled up and recorded, though this is a CPU: a recording is the work done again there."""
+    from opensloth.engine import choose
+
+    patch.setattr(choose, "may_record", lambda *_: choose.RECORDED)
+    patch.setattr(choose, "largest_recorded", lambda shape, tokens, batch, slower: tokens)
+
+
+def train_in_two_processes(*jobs, **variables):
     """Each of the jobs (arguments of `os-grpo`) by the same two processes, for starting them takes long."""
     from torch.distributed import TCPStore
 
@@ -145,7 +156,7 @@ def train_in_two_processes(*jobs):
     command = [sys.executable, __file__, *(f"{store.port}:{run}" for store, run in zip(stores, runs, strict=True))]
     processes = [
         subprocess.Popen(
-            command, env=environment(**place, RANK=rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=environment(**place, **variables, RANK=rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for rank in ("0", "1")
     ]
@@ -197,5 +208,7 @@ def relative_difference(one, other):
 if __name__ == "__main__":  # one of the processes of `train_in_two_processes`
     for port, run in (word.split(":", 1) for word in sys.argv[1:]):
         os.environ["MASTER_PORT"] = port
-        with as_a_worker():
+        with as_a_worker(), pytest.MonkeyPatch.context() as patch_:
+            if RECORDS in os.environ:
+                record_packs(patch_)
             worker.run(Path(run))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opensloth.engine import attention, choose, graphed, head
-from opensloth.engine.graphed import Graphed, Passes
+from opensloth.engine.graphed import Graphed, Passes, shapes_of
 from opensloth.engine.leaves import Leaves
 from opensloth.engine.loss import pack_inputs, pack_loss
 from opensloth.engine.model import draws
@@ -36,11 +36,11 @@ class Recorded:
         self.batcher.shape = SHAPE
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.said = []
-        self.head.graphed = Graphed(self.model, pack_inputs(self.batcher([])), self.said.append)
+        self.head.graphed = Graphed(self.model, shapes_of(pack_inputs(self.batcher([]))).__eq__, self.said.append)
 
     @property
     def passes(self):
-        return self.head.graphed.passes
+        return next(iter(self.head.graphed.passes.values()), None)
 
     def step(self, packs, last):
         """The losses of packs, and the gradients of their sum."""

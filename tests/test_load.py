@@ -8,7 +8,7 @@ from opensloth.engine.policy import lay_out
 from opensloth.training import gradient_sync
 from opensloth.training.costs import Costs
 from opensloth.training.gradient_sync import Buckets, GradientSync, SyncSeconds, seconds_of
-from opensloth.training.grpo.micro_batches import Share, cut, load_of
+from opensloth.training.grpo.micro_batches import Cutter, Share
 from opensloth.training.load import Load, evenness
 
 PROMPTS, COMPLETIONS = np.array([7, 7, 7, 7, 3, 3, 3, 3]), np.array([5, 9, 1, 4, 2, 8, 6, 1])
@@ -39,11 +39,10 @@ def masks():
 @pytest.mark.parametrize("size", [{"pack_tokens": 16}, {"pack_tokens": 40}, {"batch_size": 3}])
 def test_the_load_of_packed_completions_is_what_lies_in_the_packs(size):
     ids, mask, length = masks()
-    limits = {"pack_tokens": 1000, "batch_size": None, **size}
-    parts = cut(PROMPTS, COMPLETIONS, group=GROUP, packs=True, **limits)
+    cutter = Cutter(group=GROUP, packs=True, **{"pack_tokens": 1000, "batch_size": None, **size})
+    parts = cutter.cut(PROMPTS, COMPLETIONS)
     assert len(parts) > 1
-    limit = size.get("pack_tokens")
-    load = load_of(parts, PROMPTS, COMPLETIONS, group=GROUP, pack_tokens=limit, packs=True)
+    load, limit = cutter.load(parts, PROMPTS, COMPLETIONS), size.get("pack_tokens")
     computed = sum(int(lay_out(ids[rows], mask[rows].bool(), length).keep.sum()) for rows in parts)
     assert load.tokens == load.slots == computed
     assert load.room == (limit * len(parts) if limit else computed)
@@ -51,7 +50,8 @@ def test_the_load_of_packed_completions_is_what_lies_in_the_packs(size):
 
 def test_the_load_of_padded_completions_counts_what_is_padded():
     parts = [[0, 1], [4, 5]]
-    load = load_of(parts, PROMPTS, COMPLETIONS, group=GROUP, pack_tokens=40, packs=False)
+    cutter = Cutter(group=GROUP, pack_tokens=40, batch_size=None, packs=False)
+    load = cutter.load(parts, PROMPTS, COMPLETIONS)
     assert load == Load(tokens=12 + 16 + 5 + 11, slots=2 * 16 + 2 * 11, room=80)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from opensloth.training.grpo.micro_batches import cut
+from opensloth.training.grpo.micro_batches import Cutter
 
 PROMPTS = np.array([10, 10, 10, 4, 4, 4, 20, 20, 20])
 COMPLETIONS = np.array([5, 1, 7, 3, 3, 9, 2, 2, 2])
@@ -10,7 +10,7 @@ COMPLETIONS = np.array([5, 1, 7, 3, 3, 9, 2, 2, 2])
 
 def parts(**changed):
     asked = {"group": 3, "pack_tokens": 24, "batch_size": None, "packs": True, **changed}
-    return cut(PROMPTS, COMPLETIONS, **asked)
+    return Cutter(**asked).cut(PROMPTS, COMPLETIONS)
 
 
 def tokens(part):

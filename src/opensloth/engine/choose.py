@@ -1,16 +1,18 @@
 """The written rules behind `auto`: which engine, which number type. Each choice comes with its reason, in words."""
 
 import importlib.util
+import math
 from dataclasses import dataclass
 
 import torch
 
 from opensloth.config.run import TrainOptions
-from opensloth.engine import pace
+from opensloth.engine import fill, pace
 from opensloth.engine.memory import Shape
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
+WORTH_RECORDING = 0.97  # of the time that it takes not to: recordings take time themselves, and memory
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,32 @@ def worth_recording(shape: Shape, pack_tokens: int, filled: float, slower: bool)
     if filled < pace.LEAST_FILLED or takes > pace.launched(shape, filled * pack_tokens):
         return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
     return RECORDED
+
+
+def largest_recorded(shape: Shape, pack_tokens: int, batch: int, slower: bool) -> int:
+    """Tokens of the largest packs of completions, where batches take least time if packs are filled up to parts of
+    that (engine/fill.py) and recorded; 0 where they take as long if they are not.
+
+    Args:
+        pack_tokens: of the largest pack that is not recorded; those that are have no more.
+        batch: tokens of a batch whose completions are as long as they may be. Others have a half, or a quarter.
+        slower: as in `worth_recording`.
+    """
+    batches = [batch / share for share in (1, 2, 4)]
+
+    def launched(tokens: float) -> float:
+        packs = math.ceil(tokens / pack_tokens)
+        return packs * pace.launched(shape, tokens / packs)
+
+    def recorded(tokens: float, largest: int) -> float:
+        packs = math.ceil(tokens / largest)
+        size = next(size for size in fill.tokens_of(largest) if size * packs >= tokens)
+        return packs * pace.recorded(shape, size, slower)
+
+    most = fill.tokens_of(pack_tokens)
+    seconds = {largest: sum(recorded(tokens, largest) for tokens in batches) for largest in most}
+    best = min(most, key=lambda largest: (seconds[largest], -largest))
+    return best if seconds[best] < WORTH_RECORDING * sum(map(launched, batches)) else 0
 
 
 def cpu_has_bfloat16() -> bool:

@@ -1,4 +1,4 @@
-"""Packs of one shape through the model as two CUDA graphs: a forward up to the head, and a backward.
+"""Packs of one shape, or of a few, through the model as two CUDA graphs: a forward up to the head, and a backward.
 
 A layer with an adapter is about 130 kernels, each of which costs the host 10 to 40 microseconds to launch. With packs
 of a few thousand tokens, which is what fits small cards, that takes longer than the card takes for the work. Recorded
@@ -11,11 +11,13 @@ line says so.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from opensloth.engine import trial
 from opensloth.engine.leaves import Leaves
 from opensloth.engine.tape import Tape
 
@@ -25,11 +27,11 @@ Forward = Callable[..., torch.Tensor]
 Record = Callable[[Callable[[], None]], Callable[[], object]]
 """Records what a function does on fixed buffers; what it returns does that again."""
 
-# Of the length of each gradient. Attention's backward sums in no fixed order, and in 16 bits a last digit that differs
-# becomes another rounding in every layer below. Passes that read another pack's rows are as far apart as the gradients
-# are long.
-TOLERANCE = 0.25
-NOISE = 1e-3  # of the longest gradient: shorter ones may be rounding and nothing else
+Shapes = dict[str, Any]
+"""Of the tensors among a pack's inputs, by name; the other inputs as they are."""
+Key = tuple[tuple[str, Any], ...]
+"""The same, sorted."""
+
 WORTH_IT = 50  # packs, after which a recording has paid: making one takes as long as some ten packs
 MOST_RECORDINGS = 3  # in a row that a pack of another shape ended before that
 
@@ -75,20 +77,26 @@ class Sums:
         )
 
 
+class Common(NamedTuple):
+    """What the passes of packs of all shapes have in common: no two of them are under way at once."""
+
+    leaves: Leaves
+    sums: Sums
+    record: Record
+
+
 class Passes:
     """The two recordings, and the buffers that they read and write.
 
     Args:
         forward: of a model that trains.
-        leaves: of that model.
+        common: to all passes of that model.
         inputs: of a pack; their tensors become the buffers.
         hidden: the hidden states of any pack of the shape.
     """
 
-    def __init__(
-        self, forward: Forward, leaves: Leaves, inputs: Mapping[str, Any], hidden: torch.Tensor, record: Record
-    ) -> None:
-        self.model, self.leaves, self.sums = forward, leaves, Sums(leaves.trained)
+    def __init__(self, forward: Forward, common: Common, inputs: Mapping[str, Any], hidden: torch.Tensor) -> None:
+        self.model, (self.leaves, self.sums, record) = forward, common
         self.inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         self.hidden, self.slopes = torch.zeros_like(hidden), torch.zeros_like(hidden)
         self.made: torch.Tensor | None = None  # by the forward, for the backward that follows it
@@ -155,48 +163,63 @@ class Replay(torch.autograd.Function):
         return None, None
 
 
-def shape_of(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+def shapes_of(inputs: Mapping[str, Any]) -> Shapes:
     """What two packs must have in common to go through the same recordings."""
-    return tuple((name, x.shape if isinstance(x, torch.Tensor) else x) for name, x in sorted(inputs.items()))
+    return {name: x.shape if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
 class Graphed:
-    """Recordings of the passes of a model, made when the first pack of the shape comes.
+    """Recordings of the passes of a model, made when packs of a shape come that may be recorded.
 
     Args:
         model: one that trains.
-        example: inputs of any pack of the shape.
+        takes: whether packs of these shapes are recorded.
         say: is told once where the passes are not recorded, or no more, and why.
+        recordings: that are made in a row though none has paid.
+        first: packs of a shape that come before it is recorded.
     """
 
-    def __init__(self, model: torch.nn.Module, example: Mapping[str, Any], say: Callable[[str], object]):
-        self.model, self.shape, self.say = model, shape_of(example), say
-        self.passes: Passes | None = None
-        self.recordings_left = MOST_RECORDINGS
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        takes: Callable[[Shapes], bool],
+        say: Callable[[str], object],
+        recordings: int = MOST_RECORDINGS,
+        first: int = 0,
+    ) -> None:
+        self.model, self.takes, self.say = model, takes, say
+        self.recordings = self.recordings_left = recordings
+        self.first = first
+        self.came: Counter[Key] = Counter()
+        self.passes: dict[Key, Passes] = {}
+        self.common: Common | None = None  # to all passes
         self.said = False
 
     def hidden(self, forward: Forward, inputs: Mapping[str, Any]) -> torch.Tensor:
         """As `forward` of the inputs; where a gradient is wanted and the pack has the shape, by the recordings."""
         if not torch.is_grad_enabled():
             return forward(**inputs)
-        if shape_of(inputs) != self.shape:
+        shapes = shapes_of(inputs)
+        if not self.takes(shapes):
             self.forget()  # there may be no memory for the activations of both
             if not self.recordings_left:
                 self.say_once("the passes of packs are no longer recorded as CUDA graphs: many have another shape")
             return forward(**inputs)
-        if self.passes is not None and not self.passes.sums.holds:
+        if self.common is not None and not self.common.sums.holds:
             self.forget()
-        if self.passes is None and self.recordings_left and is_telling(inputs):
-            self.record(forward, inputs)
-        return forward(**inputs) if self.passes is None else self.passes(inputs)
+        key = tuple(sorted(shapes.items()))
+        self.came[key] += 1
+        if key not in self.passes and self.recordings_left and self.came[key] > self.first and trial.is_telling(inputs):
+            self.record(key, forward, inputs)
+        return self.passes[key](inputs) if key in self.passes else forward(**inputs)
 
     def forget(self) -> None:
         """Give the memory of the recordings back; gradients of the step stay where they are."""
-        if self.passes is None:
+        if not self.passes:
             return
-        if self.passes.count >= WORTH_IT:
-            self.recordings_left = MOST_RECORDINGS
-        self.passes = None
+        if sum(passes.count for passes in self.passes.values()) >= WORTH_IT:
+            self.recordings_left = self.recordings
+        self.passes, self.common = {}, None
         give_back()
 
     def say_once(self, line: str) -> None:
@@ -204,77 +227,39 @@ class Graphed:
             self.said = True
             self.say(line)
 
-    def record(self, forward: Forward, inputs: Mapping[str, Any]) -> None:
+    def record(self, key: Key, forward: Forward, inputs: Mapping[str, Any]) -> None:
         self.recordings_left -= 1
+        self.passes = {other: passes for other, passes in self.passes.items() if self.takes(dict(other))}
         try:
-            self.passes, why = recorded(forward, Leaves(self.model), inputs)
+            if self.common is None:
+                leaves = Leaves(self.model)
+                self.common = Common(leaves, Sums(leaves.trained), Tape() if on_card(leaves) else by_itself)
+            passes, why = recorded(forward, self.common, inputs)
         except RuntimeError as error:  # of whatever cannot be recorded, or of memory that is not enough for it
-            why = cause(error)
-        if why:
-            self.recordings_left = 0
-            self.say_once(f"the passes of packs are not recorded as CUDA graphs: {why}")
-            give_back()
+            passes, why = None, cause(error)
+        if passes is not None:
+            self.passes[key] = passes
+            return
+        self.passes, self.common, self.recordings_left = {}, None, 0
+        self.say_once(f"the passes of packs are not recorded as CUDA graphs: {why}")
+        give_back()
 
 
-def recorded(forward: Forward, leaves: Leaves, inputs: Mapping[str, Any]) -> tuple[Passes | None, str]:
+def recorded(forward: Forward, common: Common, inputs: Mapping[str, Any]) -> tuple[Passes | None, str]:
     """Recordings that compute of this pack what the model computes; or why there are none.
 
     Raises:
         RuntimeError: of what the model does there is something that cannot be recorded.
     """
     made = forward(**inputs)
-    slopes = uneven(made, inputs["input_ids"])
-    wanted = torch.autograd.grad(made, leaves.trained, slopes)
+    slopes = trial.uneven(made, inputs["input_ids"])
+    wanted = torch.autograd.grad(made, common.leaves.trained, slopes)
     hidden = made.detach().clone()
     del made
     give_back()
-    record = Tape() if hidden.is_cuda else by_itself
-    passes = Passes(forward, leaves, with_other_rows(inputs), hidden, record)
-    off = farthest(passes.trial(inputs, slopes), [hidden, *wanted])
-    return (passes, "") if off <= TOLERANCE else (None, f"they compute something else, {off:.2g} off")
-
-
-def is_telling(inputs: Mapping[str, Any]) -> bool:
-    """Whether a trial on this pack tells something: one token again and again is attended to alike by all."""
-    ids = inputs["input_ids"]
-    return bool((ids != ids[0, 0]).any())
-
-
-def with_other_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of the same shape: the tokens are others, and the boundaries between rows lie one token before."""
-
-    def other(name: str, value: Any) -> Any:
-        if name == "input_ids":
-            return value.roll(1, 1)
-        if name.startswith("cu_seq_lens"):
-            return torch.where(value < value[-1], (value - 1).clamp(min=0), value)
-        return value
-
-    return {name: other(name, value) for name, value in inputs.items()}
-
-
-def uneven(like: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Numbers between -1 and 1, other ones for each token, but 0 for what fills a pack up, and for each token of its
-    kind: in a model whose padding is embedded as zeros, every norm makes the gradient of it a thousand times larger.
-
-    Random numbers would change those that the run draws.
-    """
-    numbers = torch.arange(like.numel(), device=like.device, dtype=torch.float32).sin_().view_as(like)
-    return (numbers * (ids != ids[0, -1])[..., None]).to(like.dtype)
-
-
-def farthest(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """The largest length of a difference, over the length of what is wanted. The first of each are hidden states, the
-    others gradients, of which one that is short beside the longest counts as long as NOISE makes it."""
-    apart = torch.stack([length(one - other) for one, other in zip(found, wanted, strict=True)])
-    long = torch.stack([length(one) for one in wanted])
-    long[1:] = long[1:].clamp(min=NOISE * float(long[1:].max()))
-    return float((apart / long).max())
-
-
-def length(numbers: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.vector_norm(numbers, dtype=torch.float32)
-    return found
+    passes = Passes(forward, common, trial.with_other_rows(inputs), hidden)
+    off = trial.farthest(passes.trial(inputs, slopes), [hidden, *wanted])
+    return (passes, "") if off <= trial.TOLERANCE else (None, f"they compute something else, {off:.2g} off")
 
 
 def cause(error: BaseException) -> str:
@@ -282,6 +267,10 @@ def cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def on_card(leaves: Leaves) -> bool:
+    return leaves.trained[0].is_cuda
 
 
 def give_back() -> None:

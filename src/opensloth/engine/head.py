@@ -34,7 +34,7 @@ class Head:
 
     Attributes:
         cap: logits become cap * tanh(logits / cap) (Gemma 2); None without one.
-        graphed: computes what reaches the head in place of the model itself, where packs have one shape.
+        graphed: computes what reaches the head in place of the model itself, where packs have few shapes.
     """
 
     linear: nn.Linear
@@ -44,7 +44,8 @@ class Head:
     def of(self, model: nn.Module) -> "Head":
         """The same of another model of the kind: the reference has weights of its own where all of them train."""
         bare: Any = base_of(getattr(model, "module", model))  # DDP's
-        return Head(bare.get_output_embeddings(), self.cap)
+        linear = bare.get_output_embeddings()
+        return self if linear is self.linear else Head(linear, self.cap)
 
     def hidden(self, model: nn.Module, **inputs: Any) -> torch.Tensor:
         """What reaches the head in a forward of `model`: (rows, tokens, hidden size). No logits are made."""

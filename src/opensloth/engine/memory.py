@@ -193,14 +193,22 @@ def plan(
     for mode in ("none", "selective", "full") if asked == "auto" else (asked,):
         if free is None:
             break
-        need = estimate(config, options.model_copy(update={"gradient_checkpointing": mode}), dtype.itemsize, means)
-        chosen, fits = mode, int((free * (1 - SPARE) - need.adapter - need.head) / need.per_token)
+        chosen, fits = mode, tokens_that_fit(config, options, mode, free, dtype, means)
         if fits >= wanted:
             break
     if not isinstance(options.pack_tokens, str):
         return MemoryPlan(wanted, chosen)
     tokens = CPU_TOKENS if free is None else min(max(fits, 1) // 256 * 256, most_tokens(step))
     return MemoryPlan(max(longest, tokens), chosen)
+
+
+def tokens_that_fit(
+    config: PretrainedConfig, options: TrainOptions, checkpointing: str, free: int, dtype: torch.dtype, means: Means
+) -> int:
+    """Tokens whose activations so many free bytes hold, once the weights are loaded; less than 0 where none do."""
+    asked = options.model_copy(update={"gradient_checkpointing": checkpointing})
+    need = estimate(config, asked, dtype.itemsize, means)
+    return int((free * (1 - SPARE) - need.adapter - need.head) / need.per_token)
 
 
 def most_tokens(step: int | None) -> int:

@@ -9,10 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from opensloth.engine import flash
 from opensloth.engine.compiled import compile_layers
-from opensloth.engine.graphed import Graphed
+from opensloth.engine.fill import Sizes
+from opensloth.engine.graphed import MOST_RECORDINGS, Graphed, shapes_of
 from opensloth.engine.head import Head
 from opensloth.engine.loss import pack_inputs
 from opensloth.engine.memory import ALL_LOGITS, Means
+
+UNRECORDED = 2  # packs of a size that come before it is recorded, which takes as long as some ten packs
 
 Loss = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
 
@@ -58,7 +61,13 @@ class Engine:
     def record(self, example: Mapping[str, Any], say: Callable[[str], object]) -> None:
         """Record the passes of packs of the shape of an example (engine/graphed.py)."""
         assert self.head is not None, "what is recorded ends before the head"
-        self.head.graphed = Graphed(self.model, pack_inputs(example), say)
+        one = shapes_of(pack_inputs(example))
+        self.head.graphed = Graphed(self.model, one.__eq__, say)
+
+    def record_sizes(self, sizes: Sizes, say: Callable[[str], object]) -> None:
+        """Record the passes of packs of completions that are filled up."""
+        assert self.head is not None, "what is recorded ends before the head"
+        self.head.graphed = Graphed(self.model, sizes.has, say, MOST_RECORDINGS * len(sizes.all), UNRECORDED)
 
     @property
     def packs_natively(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from opensloth.engine import attention
+from opensloth.engine.fill import Pack, Sizes
 from opensloth.engine.head import Gradients, Head, before_cap, by_kernel, chunks, logits_of
 
 ALIGNED = 8  # numbers: 64 bytes, as kernels like their inputs to begin
@@ -34,6 +35,7 @@ def packed(
     length: int,
     temperature: float,
     head: Head | None = None,
+    sizes: Sizes | None = None,
 ) -> TokenScores:
     """One forward over all rows laid one behind the other, without padding; logits for completion tokens alone.
 
@@ -44,20 +46,24 @@ def packed(
         input_ids, attention_mask: (rows, prompt and completion). If both are on the host, it does not wait.
         length: of the completions' part.
         head: of the model; without it the model makes the logits of all completion tokens at once.
+        sizes: which packs that train are filled up to.
     """
     device = next(model.parameters()).device
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     laid, at = lay_out(ids, mask, length, device), mask[:, -length:]
+    pack = Pack(ids[laid.keep], (mask.cumsum(1) - 1)[laid.keep], laid.rows, laid.key_places)
+    if sizes is not None and torch.is_grad_enabled():
+        pack = sizes.fill(pack)
     tokens, positions, queries, keys, predictors, targets, scored, *key_places = carried(
         [
-            ids[laid.keep],
-            (mask.cumsum(1) - 1)[laid.keep],
-            laid.rows.queries,
-            laid.rows.keys,
+            pack.tokens,
+            pack.positions,
+            pack.rows.queries,
+            pack.rows.keys,
             laid.predictors,
             ids[:, -length:][at],
             at.flatten().nonzero()[:, 0],
-            *([] if laid.key_places is None else [laid.key_places]),
+            *([] if pack.key_places is None else [pack.key_places]),
         ],
         device,
     )
@@ -66,8 +72,8 @@ def packed(
         "position_ids": positions[None],
         "cu_seq_lens_q": queries,
         "cu_seq_lens_k": keys,
-        "max_length_q": laid.rows.longest_queries,
-        "max_length_k": laid.rows.longest_keys,
+        "max_length_q": pack.rows.longest_queries,
+        "max_length_k": pack.rows.longest_keys,
         "key_places": key_places[0] if key_places else None,
     }
     if head is not None:

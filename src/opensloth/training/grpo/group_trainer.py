@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from opensloth.data.prompt.contract import PromptContract
 from opensloth.data.tokens.prompts import PromptRow
-from opensloth.engine import attention
 from opensloth.engine.policy import TokenScores
 from opensloth.errors import WorkerFailed
 from opensloth.rollout.decode import Halted, never
@@ -27,7 +26,7 @@ from opensloth.training.everyone import of_all
 from opensloth.training.grpo.held_out import HeldOut
 from opensloth.training.grpo.host_rows import HostRows, places
 from opensloth.training.grpo.importance import Gaps, corrected
-from opensloth.training.grpo.micro_batches import AGAIN, Micro, Share, Sizes, StepFigures, cut, load_of, weighted
+from opensloth.training.grpo.micro_batches import AGAIN, Cutter, Micro, Share, StepFigures, weighted
 from opensloth.training.grpo.prompts import Asked, Prompts
 from opensloth.training.grpo.rollouts import KeepsRollouts
 from opensloth.training.load import Load
@@ -43,7 +42,8 @@ class Run:
 
     Attributes:
         scores: engine.policy.packed or padded, as the engine can.
-        pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
+        cutter: of batches into micro-batches. Packs that it fills up are recorded (engine/graphed.py): gradients then
+            come beside autograd, where DDP does not see them.
         stops: ids that end a completion.
         evaluates: whether any prompts are held out; `held_out` are those of this process.
         write: what completes a batch, where it is not `--rollout generate`; `at_once` completions, where that is fixed.
@@ -56,9 +56,7 @@ class Run:
     contract: PromptContract
     tokenizer: PreTrainedTokenizerBase
     scores: Callable[..., TokenScores]
-    packs: bool
-    pack_tokens: int
-    batch_size: int | None
+    cutter: Cutter
     sampling: Sampling
     max_new: int
     stops: list[int]
@@ -83,7 +81,7 @@ def trainer_class() -> type[Any]:
         stop: StopOnSignal | None = None
 
         def __init__(self, run: Run, **arguments: Any) -> None:
-            self.run, self.files = run, run.files
+            self.run, self.files, self.cutter = run, run.files, run.cutter
             self.since_log = []
             self.costs = Costs(arguments["args"].device)
             self.asked: Asked | None = None
@@ -106,7 +104,7 @@ def trainer_class() -> type[Any]:
 
         def training_step(self, model: torch.nn.Module, inputs: Asked, num_items_in_batch: Any = None) -> torch.Tensor:
             """One optimizer step on a batch of completions. Returns its loss; DDP takes the mean over processes."""
-            self.ready(model, native=self.run.packs)
+            self.ready(model, native=self.cutter.packs)
             self.costs.sync.watch(model)
             fresh = self.asked is None or self.asked["number"] != inputs["number"]
             if fresh:
@@ -123,7 +121,8 @@ def trainer_class() -> type[Any]:
                     self.part = {name: value if value.dim() == 0 else value[at] for name, value in self.batch.items()}
                     self.part_on_host = self.on_host.of(rows)
                     figures.begin(weight)
-                    with contextlib.nullcontext() if number == last else self.accelerator.no_sync(model):
+                    by_ddp = number == last and self.cutter.sizes is None
+                    with contextlib.nullcontext() if by_ddp else self.accelerator.no_sync(model):
                         loss = self._compute_loss(model, self.part) * weight
                         self.accelerator.backward(loss)
                     self.costs.sync.backward_done()
@@ -132,6 +131,8 @@ def trainer_class() -> type[Any]:
                     if fresh and weight:
                         asked_of[at] = self.policy_logps
                         gaps.add(self.policy_logps, self.part)
+                if self.cutter.sizes is not None:
+                    self.costs.sync.mean(self.trained)
             self.costs.step_done(self.loads[self.accelerator.process_index].tokens, self.loads)
             if fresh:
                 self.batch["old_per_token_logps"] = asked_of
@@ -146,11 +147,11 @@ def trainer_class() -> type[Any]:
             self.batch = self._generate_and_score_completions(self.as_rows(asked["prompts"]))
             self.batch = {name: value for name, value in self.batch.items() if isinstance(value, torch.Tensor)}
             self.on_host = HostRows.of_batch(self.batch)
-            prompts, completions = self.on_host.sizes(self.batch["completion_mask"].shape[1])
-            parts = self.cut(prompts, completions)
-            limit = self.run.pack_tokens if self.run.batch_size is None else None
-            load = load_of(parts, prompts, completions, group=self.group, pack_tokens=limit, packs=self.run.packs)
-            mine = Share(len(parts), load, int(prompts[0] + completions[0]), self.rollout_seconds)
+            prompts, completions = self.on_host.lengths(self.batch["completion_mask"].shape[1])
+            self.cutter.expect(prompts, completions)
+            parts = self.cutter.cut(prompts, completions)
+            load, again = (self.cutter.load(some, prompts, completions) for some in (parts, [AGAIN[0]]))
+            mine = Share(len(parts), load, again.slots, self.rollout_seconds)
             self.share_out(parts, of_all(mine))
             self.keep_rollouts()
             self.count_flat_groups()
@@ -223,23 +224,6 @@ def trainer_class() -> type[Any]:
             self.costs.spend("rewards", time.monotonic() - begin)
             return found
 
-        @property
-        def group(self) -> int:
-            """Completions that share a prompt in a pack; where prompts cannot be shared, each brings its own."""
-            return int(self.num_generations) if attention.shares(self.args.device) else 1
-
-        def cut(self, prompts: Sizes, completions: Sizes) -> list[list[int]]:
-            """The places of the completions of each micro-batch, from the tokens of each."""
-            run = self.run
-            return cut(
-                prompts,
-                completions,
-                group=self.group,
-                pack_tokens=run.pack_tokens,
-                batch_size=run.batch_size,
-                packs=run.packs,
-            )
-
         def _get_per_token_logps_and_entropies(
             self,
             model: torch.nn.Module,
@@ -253,8 +237,10 @@ def trainer_class() -> type[Any]:
             """TRL's place for a forward of policy and reference. With gradients the rows are a micro-batch already."""
             trains = torch.is_grad_enabled()
             host = self.part_on_host if trains else HostRows(input_ids.cpu(), attention_mask.cpu())
-            parts = [list(range(len(input_ids)))] if trains else self.cut(*host.sizes(logits_to_keep))
-            rows_of = host if self.run.packs else HostRows(input_ids, attention_mask)  # packs are laid out on the host
+            parts = [list(range(len(input_ids)))] if trains else self.cutter.cut(*host.lengths(logits_to_keep))
+            rows_of = (
+                host if self.cutter.packs else HostRows(input_ids, attention_mask)
+            )  # packs are laid out on the host
             found = []
             with self.compute_loss_context_manager():
                 for rows in parts:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from opensloth.training.grpo.micro_batches import Sizes
+from opensloth.training.grpo.micro_batches import Lengths
 
 NOTHING = torch.empty(0, 0, dtype=torch.long)
 
@@ -28,9 +28,9 @@ class HostRows(NamedTuple):
         at = places(rows, self.ids.device)
         return HostRows(self.ids[at], self.mask[at])
 
-    def sizes(self, length: int) -> tuple[Sizes, Sizes]:
-        """The tokens of each prompt and of each completion, of which the last `length` columns are."""
-        prompts, completions = self.mask[:, :-length].sum(1), self.mask[:, -length:].sum(1)
+    def lengths(self, width: int) -> tuple[Lengths, Lengths]:
+        """The tokens of each prompt and of each completion, of which the last `width` columns are."""
+        prompts, completions = self.mask[:, :-width].sum(1), self.mask[:, -width:].sum(1)
         return prompts.numpy(), completions.numpy()
 
 

@@ -1,6 +1,8 @@
 """A batch of completions, cut into what goes through the model at once; and what each part's loss weighs."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,44 +10,88 @@ import torch
 from numpy.typing import NDArray
 
 from opensloth.data.plan.schedule import padded_batches
+from opensloth.engine.fill import Need, Sizes
 from opensloth.training.load import Load
 
-Sizes = NDArray[np.int64]
+Lengths = NDArray[np.int64]
 Micro = tuple[list[int], float]  # places of completions, and the weight of their loss
 
 
-def cut(
-    prompts: Sizes,
-    completions: Sizes,
-    *,
-    group: int,
-    pack_tokens: int,
-    batch_size: int | None,
-    packs: bool,
-) -> list[list[int]]:
-    """Micro-batches of whole completions, by their places.
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts a batch into micro-batches of whole completions.
 
-    Args:
-        prompts, completions: tokens of each; `group` completions that follow each other have the same prompt.
+    Attributes:
+        group: completions that follow each other, have the same prompt and share it in a pack.
         pack_tokens, batch_size: the size of a micro-batch, in tokens, or in completions where that is set.
         packs: False where rows are padded to the longest of a micro-batch.
+        sizes: that packs are filled up to, where they are: then `pack_tokens` is that of the largest.
     """
-    places = list(range(len(prompts)))
-    if batch_size is not None:
-        return [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
-    if not packs:
-        return padded_batches(np.array(places), prompts + completions, pack_tokens)
-    parts: list[list[int]] = []
-    room = 0
-    for place in places:
-        new_prompt = not parts or parts[-1][-1] // group != place // group
-        cost = int(completions[place] + (prompts[place] if new_prompt else 0))
-        if cost > room:  # a prompt is paid for once in each micro-batch that has completions of it
-            parts.append([])
-            room, cost = pack_tokens, int(prompts[place] + completions[place])
-        parts[-1].append(place)
-        room -= cost
-    return parts
+
+    group: int
+    pack_tokens: int
+    batch_size: int | None
+    packs: bool
+    sizes: Sizes | None = None
+
+    def expect(self, prompts: Lengths, completions: Lengths) -> None:
+        """Make room for packs of a batch, given the tokens of each of its prompts and completions."""
+        if self.sizes is not None:
+            self.sizes.expect(self.need(range(len(prompts)), prompts, completions))
+
+    def cut(self, prompts: Lengths, completions: Lengths) -> list[list[int]]:
+        """Places of the completions of each micro-batch, given the tokens of each prompt and completion."""
+        places = list(range(len(prompts)))
+        if self.batch_size is not None:
+            return [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
+        if not self.packs:
+            return padded_batches(np.array(places), prompts + completions, self.pack_tokens)
+        if self.sizes is None:
+            return self.dealt(prompts, completions, Need(self.pack_tokens, sys.maxsize, sys.maxsize))
+        fewest = self.dealt(prompts, completions, self.sizes.all[-1].room)
+        tokens = self.need(places, prompts, completions).tokens
+        for size in self.sizes.all:  # as few, of equal size
+            if size.room.tokens * len(fewest) >= tokens:
+                parts = self.dealt(prompts, completions, size.room)
+                if len(parts) == len(fewest):
+                    return parts
+        return fewest
+
+    def dealt(self, prompts: Lengths, completions: Lengths, room: Need) -> list[list[int]]:
+        """Packs of completions in their order, none with more than there is room for but one that is itself more."""
+        parts: list[list[int]] = []
+        taken = Need(0, 0, 0)
+        for place, (prompt, completion) in enumerate(zip(prompts.tolist(), completions.tolist(), strict=True)):
+            # a prompt is paid for once in each micro-batch that has completions of it
+            shares = bool(parts) and parts[-1][-1] // self.group == place // self.group
+            more = taken.with_(Need(completion, 1, prompt) if shares else Need(prompt + completion, 1, 0))
+            if not parts or not more.within(room):
+                parts.append([])
+                more = Need(prompt + completion, 1, 0)
+            parts[-1].append(place)
+            taken = more
+        return parts
+
+    def need(self, places: Sequence[int], prompts: Lengths, completions: Lengths) -> Need:
+        """What these completions take of one pack: a prompt lies in it once, before the first of its group."""
+        heads = [p for at, p in enumerate(places) if not at or places[at - 1] // self.group != p // self.group]
+        own = int(prompts[heads].sum())
+        return Need(int(completions[places].sum()) + own, len(places), int(prompts[places].sum()) - own)
+
+    def load(self, parts: Sequence[list[int]], prompts: Lengths, completions: Lengths) -> Load:
+        """What the model computes in these micro-batches."""
+        tokens = slots = room = 0
+        for places in parts:
+            if self.packs:
+                need = self.need(places, prompts, completions)
+                size = self.sizes.smallest(need) if self.sizes else None
+                real, width = need.tokens, size.tokens if size else need.tokens
+            else:
+                lengths = prompts[places] + completions[places]
+                real, width = int(lengths.sum()), len(places) * int(lengths.max())
+            tokens, slots = tokens + real, slots + width
+            room += max(width, self.pack_tokens if self.batch_size is None else 0)
+        return Load(tokens, slots, room)
 
 
 def weighted(parts: Sequence[list[int]], batch: Mapping[str, torch.Tensor], loss: str, processes: int) -> list[Micro]:
@@ -75,7 +121,7 @@ class Share(NamedTuple):
 
     Attributes:
         parts: micro-batches.
-        again: tokens of `AGAIN`.
+        again: tokens that the model computes of `AGAIN`.
         seconds: how long its completions took.
     """
 
@@ -88,22 +134,6 @@ class Share(NamedTuple):
         """Its load where it runs so many micro-batches."""
         more = (parts - self.parts) * self.again
         return self.load._replace(slots=self.load.slots + more, room=self.load.room + more)
-
-
-def load_of(
-    parts: Sequence[list[int]], prompts: Sizes, completions: Sizes, *, group: int, pack_tokens: int | None, packs: bool
-) -> Load:
-    """What the model computes in these micro-batches. `pack_tokens` is None where they are cut by completions."""
-    tokens = slots = room = 0
-    for places in parts:
-        if packs:  # a prompt lies in a pack once, before the first completion of its group
-            heads = [place for at, place in enumerate(places) if not at or places[at - 1] // group != place // group]
-            real = width = int(completions[places].sum() + prompts[heads].sum())
-        else:
-            lengths = prompts[places] + completions[places]
-            real, width = int(lengths.sum()), len(places) * int(lengths.max())
-        tokens, slots, room = tokens + real, slots + width, room + max(width, pack_tokens or 0)
-    return Load(tokens, slots, room)
 
 
 class StepFigures:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 
 from opensloth import log
 from opensloth.config.jobs import GrpoJob
@@ -19,26 +19,26 @@ from opensloth.data.plan.batches import Batches, lay_out
 from opensloth.data.prepared.directory import Prepared
 from opensloth.data.tokens.prompts import PromptRow
 from opensloth.data.tokens.stop import stop_ids
-from opensloth.engine import Engine, choose, load, memory, native, policy
+from opensloth.engine import Engine, attention, choose, load, native, policy
+from opensloth.engine.fill import Sizes
 from opensloth.errors import UserError
 from opensloth.rewards import choose as rewards
 from opensloth.rewards.gold import FAILURES
 from opensloth.rewards.registry import OF_ANSWERS
-from opensloth.rollout import room as rooms
-from opensloth.rollout.decode import why_not
-from opensloth.rollout.generate import bytes_of_row
 from opensloth.rollout.graph import GraphDecoder
 from opensloth.rollout.recorded import recorded
 from opensloth.rollout.room import Room
 from opensloth.rollout.sampling import Sampling
-from opensloth.rollout.store import positions_of_row
-from opensloth.rollout.vllm import VllmWriter, room_of
+from opensloth.rollout.vllm import VllmWriter
 from opensloth.training import plan
 from opensloth.training.grpo import group_trainer, held_out
 from opensloth.training.grpo.advice import Advice
+from opensloth.training.grpo.completing import completions_of, room_for_rollouts, writer
 from opensloth.training.grpo.metrics import BatchesMetrics
+from opensloth.training.grpo.micro_batches import Cutter
 from opensloth.training.grpo.plain_trl import grpo_config
 from opensloth.training.grpo.prompts import Prompts
+from opensloth.training.grpo.sizes import sizes_of_packs
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import Attempt, rehearse
 from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
@@ -73,7 +73,9 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt, room.kept if room else 0)
     if choose.compilation(job, place.device, engine.packs_natively, tokens=0).value == "on":
         engine.compile(dynamic=True)
-    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room)
+    fits = replace(chosen, pack_tokens=pack_tokens)
+    sizes = sizes_of_packs(engine, job, place, fits, longest, completions_of(job, place), room)
+    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room, sizes)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
@@ -99,9 +101,11 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
     train_to_the_end(trainer, job, run_dir, place, finish, every=updates)
 
 
-def scores(engine: Engine) -> Callable[..., policy.TokenScores]:
-    """The log-probabilities of completions, as the engine can."""
-    return partial(policy.packed if engine.packs_natively else policy.padded, head=engine.head)
+def scores(engine: Engine, sizes: Sizes | None = None) -> Callable[..., policy.TokenScores]:
+    """The log-probabilities of completions, as the engine can. Packs that train are filled up to `sizes`."""
+    if engine.packs_natively:
+        return partial(policy.packed, head=engine.head, sizes=sizes)
+    return partial(policy.padded, head=engine.head)
 
 
 def largest_pack(
@@ -142,6 +146,7 @@ def describe_run(
     place: Place,
     decoder: GraphDecoder | VllmWriter | None,
     room: Room | None,
+    sizes: Sizes | None,
 ) -> group_trainer.Run:
     held = held_out_prompts(run_dir, prepared)
     return group_trainer.Run(
@@ -149,10 +154,14 @@ def describe_run(
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
-        scores=scores(engine),
-        packs=engine.packs_natively,
-        pack_tokens=pack_tokens,
-        batch_size=job.batch_size,
+        scores=scores(engine, sizes),
+        cutter=Cutter(
+            group=job.group_size if attention.shares(place.device) else 1,
+            pack_tokens=sizes.largest if sizes else pack_tokens,
+            batch_size=job.batch_size,
+            packs=engine.packs_natively,
+            sizes=sizes,
+        ),
         sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
         max_new=job.max_new,
         stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),
@@ -165,71 +174,6 @@ def describe_run(
         held_out=held[place.rank :: place.processes],
         columns=prepared.rows.prompt_columns() - group_trainer.NOT_FOR_REWARDS,
     )
-
-
-def writer(job: GrpoJob, ref: ModelRef, engine: Engine, place: Place, longest: int) -> GraphDecoder | VllmWriter | None:
-    """What completes prompts, of at most `longest` tokens with what is written; None: rollout.generate chooses.
-
-    Where transformers' own `generate` is left, which is slower, a note of the engine says why.
-
-    Raises:
-        UserError: `--rollout graph` was asked for and cannot serve the model.
-    """
-    if job.rollout == "vllm":
-        there = Path(ref.base).is_dir()
-        source = ref.base if there else snapshot_download(ref.base, revision=ref.revision, local_files_only=True)
-        return VllmWriter(source, engine.tokenizer, longest, completions_of(job, place), job.trust_remote_code)
-    if engine.name != "native":
-        reason = f"engine {engine.name} brings its own"
-    elif reason := why_not(engine.model, longest):
-        engine.notes.append(f"completions come from transformers' own generate: {reason}")
-    elif job.load_in_8bit and place.device.type == "cuda":
-        # LLM.int8 looks for outliers on the host at every layer, and what waits for the card cannot be recorded
-        reason = "8-bit kernels cannot be recorded"
-    if job.rollout == "graph" and reason:
-        config: Any = engine.model.config
-        raise UserError(
-            f"--rollout graph cannot serve {config.model_type}: {reason}.",
-            "Use --rollout generate (or auto) with this one.",
-        )
-    wanted = job.rollout == "graph" or (job.rollout == "auto" and place.device.type == "cuda")
-    return GraphDecoder(longest=longest - job.max_new) if wanted and not reason else None
-
-
-def room_for_rollouts(
-    job: GrpoJob,
-    engine: Engine,
-    decoder: GraphDecoder | VllmWriter,
-    place: Place,
-    longest: int,
-    held_out_too: bool,
-) -> Room | None:
-    """What completions take of a card; None on a CPU. What merging keeps is laid aside first."""
-    free = memory.free_bytes(place.device)
-    if free is None:
-        return None
-    config: Any = engine.model.config
-    itemsize = engine.dtype.itemsize
-    completions = completions_of(job, place)
-    if isinstance(decoder, VllmWriter):
-        total = torch.cuda.get_device_properties(place.device).total_memory
-        weights = memory.Shape.of(config).parameters * itemsize
-        room = room_of(completions, bytes_of_row(config, longest, itemsize), weights, total)
-        decoder.share = room.kept / total
-    else:
-        decoder.merge.save(engine.model)
-        state = memory.estimate(config, job, itemsize).adapter  # gradients and moments, which are yet to come
-        share = 1.0 if held_out_too else 1 / job.group_size  # held-out prompts are completed once each
-        positions = positions_of_row(longest - job.max_new, job.max_new, share, place.device, config)
-        left = max((memory.free_bytes(place.device) or 0) - state, 0)
-        room = rooms.choose(completions, bytes_of_row(config, positions, itemsize), left)
-    engine.notes.append(str(room))
-    return room
-
-
-def completions_of(job: GrpoJob, place: Place) -> int:
-    """Completions of a batch on each process."""
-    return job.prompts_per_step * job.group_size // place.processes
 
 
 def build_trainer(
@@ -245,6 +189,7 @@ def build_trainer(
         evaluates=run.evaluates,
         backend=place.backend,
         processes=place.processes,
+        recorded=run.cutter.sizes is not None,
     )
     judges = rewards.chosen(job, prepared.contract.tags)
     # TRL counts a completion as cut unless it ends with one of these
