@@ -156,7 +156,11 @@ def train_in_two_processes(*jobs, **variables):
     command = [sys.executable, __file__, *(f"{store.port}:{run}" for store, run in zip(stores, runs, strict=True))]
     processes = [
         subprocess.Popen(
-            command, env=environment(**place, **variables, RANK=rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=environment(**place, **variables, RANK=rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in ("0", "1")
     ]

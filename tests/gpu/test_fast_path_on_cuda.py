@@ -10,14 +10,16 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from opensloth.engine import attention, fused, head, lora_layer, loss, matmul, mlp, policy
+from opensloth.engine import attention, fill, fused, head, lora_layer, loss, matmul, mlp, policy
 from opensloth.engine.compiled import compile_layers
+from opensloth.engine.fill import Need
 from opensloth.engine.head import Head
 from opensloth.engine.joint import join
 from opensloth.engine.lora_layer import LoraLinear
 from opensloth.engine.loss import cross_entropy, pack_loss, padded_loss
 from opensloth.engine.tape import Tape
 from test_attention import ARCHITECTURES, VOCABULARY, batcher, build, gradients, rows
+from test_fill import GROUPS, Policy
 from test_graphed import PACKS, Recorded
 from test_lora_layer import check_share
 from test_policy import batch as completions
@@ -139,6 +141,30 @@ def test_recorded_passes_are_those_of_the_model(arch, how, monkeypatch, device):
     odd = batcher(rows(), packing=True)([0, 2])
     model.check([PACKS[0], odd, PACKS[1]])
     assert model.said == []
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
+def test_recorded_packs_of_completions_are_those_of_the_model(arch, monkeypatch, device):
+    """Two sizes in turn, whose recordings have their memory in common; prompts are shared."""
+
+    def prepare(model):
+        model = frozen_in(model, torch.bfloat16).to(device)
+        modeling = sys.modules[type(model.get_base_model()).__module__]
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+        fused.fuse(model)
+        join(model)
+        return model
+
+    monkeypatch.setattr(fill, "SHORT", 4)
+    model = Policy(arch, prepare=prepare)
+    model.tolerance = GRADIENTS
+    model.sizes.expect(Need(100, 10, 60))
+    for seed in range(6):
+        model.check(GROUPS[:1], seed)
+        model.check(GROUPS, seed)
+    assert model.said == []
+    assert len(model.head.graphed.passes) == 2
+    assert all(passes.count == 4 for passes in model.head.graphed.passes.values())
 
 
 def test_passes_that_wait_for_the_card_leave_it_as_it_was(device):

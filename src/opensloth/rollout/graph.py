@@ -5,11 +5,11 @@ them. Recorded once for each number of rows, a step is replayed as one; weights 
 for the whole run. Prompts go through the model once for each group. On a CPU the same steps run without recordings.
 Where keys and values lie, and which attention reads them, is told in rollout/store.py.
 
-What has ended stops costing: every CHECK_EVERY steps, when the open rows fit into half of those that are computed (or a
-quarter, and so on, down to SMALLEST), they move to the front of the buffers, and the steps from then on compute only
-the front. Halves keep the recordings few, and a move costs about what two steps read. Rows are not refilled from the
-prompts that wait: a refilled row would need a place of its own in the cache, and a step's batch waits for its longest
-completion in any case.
+What has ended stops costing: every CHECK_EVERY steps the open rows are counted. When they fit into half of those that
+are computed (or a quarter, and so on, down to SMALLEST), they move to the front of the buffers, and the steps from then
+on compute only the front. Halves keep the recordings few, and a move costs about what two steps read. Rows are not
+refilled from the prompts that wait: a refilled row would need a place of its own in the cache, and a step's batch waits
+for its longest completion in any case.
 """
 
 from collections import Counter
@@ -28,7 +28,8 @@ from opensloth.rollout.sampling import Sampling, choose
 from opensloth.rollout.store import Make, OwnRows, SharedPrompts, Store, bucket, why_not_shared
 from opensloth.rollout.turn import Forwards, forwards, turning
 
-CHECK_EVERY = 8  # steps between two looks at whether all completions have ended: each waits for the card
+CHECK_EVERY = 8  # steps between two looks at how many completions have not ended
+LATER = 2  # steps after which what was seen is known: the card has these to do while the host waits for it
 WARM_UP = 2  # steps made plainly before one is recorded: libraries choose and load their kernels in them
 SMALLEST = 8  # rows; fewer cost a step nothing less
 
@@ -106,6 +107,23 @@ class Buffers:
         return rows
 
 
+class Look:
+    """How many rows are open, seen where the card is in its work, and told when it has come there."""
+
+    def __init__(self, open_: torch.Tensor) -> None:
+        self.sum = open_.sum()
+        self.done: torch.cuda.Event | None = None
+        if open_.is_cuda:
+            self.sum = torch.empty((), dtype=torch.long, pin_memory=True).copy_(self.sum, non_blocking=True)
+            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.done.record()
+
+    def count(self) -> int:
+        if self.done is not None:
+            self.done.synchronize()
+        return int(self.sum)
+
+
 class GraphDecoder:
     """Completes batches of prompts; keeps its buffers and recordings from one batch to the next.
 
@@ -171,7 +189,9 @@ class GraphDecoder:
             for at in range(1, tokens.shape[1]):
                 go_on(halt)
                 if at % CHECK_EVERY == 0:
-                    left = int(state.open[: state.count].sum())
+                    seen = Look(state.open[: state.count])
+                elif at > CHECK_EVERY and at % CHECK_EVERY == LATER:
+                    left = seen.count()
                     if left == 0:
                         break
                     if smallest(state.rows, left) < state.count:

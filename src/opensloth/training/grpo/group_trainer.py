@@ -88,7 +88,7 @@ def trainer_class() -> type[Any]:
             self.batch: dict[str, Any] = {}
             self.micro_batches: list[Micro] = []
             self.loads: list[Load] = []  # of all processes, in the batch that is trained on
-            self.rollout_seconds = 0.0
+            self.rollout_seconds = 0.0  # of the last completions, on this process
             self.on_host = HostRows()  # the batch's
             self.part: dict[str, torch.Tensor] = {}  # the micro-batch that goes through the model
             self.part_on_host = HostRows()
@@ -169,11 +169,9 @@ def trainer_class() -> type[Any]:
         def roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
             """TRL's `rollout_func`: the completions of this process."""
             assert self.asked is not None
-            begin = time.monotonic()
             ids = [prompt.input_ids for prompt in self.asked["prompts"]]
             noise = Noise(self.run.seed, self.asked["number"], tuple(self.asked["slots"]))
             self.rollouts = self.complete(ids, self.run.sampling, noise)
-            self.rollout_seconds = time.monotonic() - begin
             return {
                 "prompt_ids": ids,
                 "completion_ids": [rollout.ids for rollout in self.rollouts],
@@ -182,7 +180,7 @@ def trainer_class() -> type[Any]:
 
         def complete(self, prompts: list[list[int]], sampling: Sampling, noise: Noise | None) -> list[Rollout]:
             """Raises Dropped on all processes, once each is through, where any of them was asked to stop meanwhile."""
-            run = self.run
+            run, begin = self.run, time.monotonic()
             stop = self.stop if self.stop and self.stop.may_end(self.state) else None
             found: list[Rollout] = []
             try:
@@ -207,6 +205,7 @@ def trainer_class() -> type[Any]:
             finally:
                 if run.release is not None:
                     run.release()
+            self.rollout_seconds = time.monotonic() - begin  # before others are waited for
             if stop:
                 stop.drop_if_asked()
             return found
