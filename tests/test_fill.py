@@ -237,7 +237,7 @@ def test_packs_are_as_large_as_takes_least_time():
     for batch in (1_000, 20_000, 72_000, 300_000):
         assert choose.largest_recorded(SMALL, 32_768, batch, slower=True) > min(batch, 30_000) / 2
         assert choose.largest_recorded(LARGE, 32_768, max(batch, 20_000), slower=True) == 0
-    assert choose.largest_recorded(LARGE, 1_024, 4_096, slower=True) > 0
+    assert choose.largest_recorded(LARGE, 32_768, 4_000, slower=True) > 0
 
 
 def test_a_run_is_the_same_with_packs_that_are_recorded(tmp_path, monkeypatch, replays):

@@ -128,16 +128,16 @@ def largest_recorded(shape: Shape, pack_tokens: int, batch: int, slower: bool) -
 
     def launched(tokens: float) -> float:
         packs = math.ceil(tokens / pack_tokens)
-        return packs * pace.launched(shape, tokens / packs)
+        return packs * pace.launched(shape, tokens / packs, pace.OF_COMPLETIONS)
 
     def recorded(tokens: float, largest: int) -> float:
         packs = math.ceil(tokens / largest)
-        size = next(size for size in fill.tokens_of(largest) if size * packs >= tokens)
-        return packs * pace.recorded(shape, size, slower)
+        size = min(tokens / packs + largest / fill.PARTS / 2, largest)  # half of a part is filled up, on average
+        return packs * (pace.recorded(shape, size, slower) + pace.SMALL * shape.layers)
 
-    most = fill.tokens_of(pack_tokens)
-    seconds = {largest: sum(recorded(tokens, largest) for tokens in batches) for largest in most}
-    best = min(most, key=lambda largest: (seconds[largest], -largest))
+    largest = fill.tokens_of(pack_tokens)
+    seconds = {tokens: sum(recorded(batch, tokens) for batch in batches) for tokens in largest}
+    best = min(largest, key=lambda tokens: (seconds[tokens], -tokens))
     return best if seconds[best] < WORTH_RECORDING * sum(map(launched, batches)) else 0
 
 
