@@ -23,8 +23,8 @@ TEMPERATURE = 0.7
 
 
 @pytest.fixture(autouse=True)
-def short_completions(monkeypatch):
-    monkeypatch.setattr(fill, "SHORT", 4)
+def rows_of_filling_are_as_short_as_others(monkeypatch):
+    monkeypatch.setattr(fill, "LONG", 0)
 
 
 def boundaries(lengths, seen):
@@ -64,7 +64,9 @@ def test_what_fills_a_pack_up_has_rows_of_its_own():
 
 def test_a_pack_takes_the_smallest_size_that_holds_it():
     sizes = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
+    sizes.expect(Need(1000, 100, 0))
     assert [size.tokens for size in sizes.all] == list(range(100, 100 * PARTS + 1, 100))
+    assert [size.room.rows for size in sizes.all] == [min(100 * part // 8, 150) for part in range(1, PARTS + 1)]
     for size in sizes.all:
         assert sizes.smallest(size.room) == size
     first, second, *_ = sizes.all
@@ -73,11 +75,20 @@ def test_a_pack_takes_the_smallest_size_that_holds_it():
     assert sizes.smallest(Need(10, 151, 0)) is None
     assert sizes.smallest(Need(100 * PARTS, 1, 0)) is None
     assert sizes.smallest(Need(100, 1, 1)) is None  # no key is expected beyond the tokens yet
+
+
+def test_there_is_room_for_as_many_keys_and_rows_as_came():
+    sizes = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
+    assert [size.room.rows for size in sizes.all] == [1] * PARTS
     sizes.expect(Need(1000, 10, 350))
     assert [size.keys for size in sizes.all] == list(range(150, 150 * PARTS + 1, 150))
+    assert sizes.all[-1].room.rows == 100 * PARTS // 64
     before = sizes.all
-    sizes.expect(Need(1000, 10, 100))
+    sizes.expect(Need(1000, 5, 100))
     assert sizes.all is before
+    sizes.expect(Need(1000, 50, 100_000))  # more than SHARES have
+    assert sizes.all[0].keys == pytest.approx(100 * (1 + 1.1 * 100), abs=1)
+    assert sizes.all[-1].room.rows == 100 * PARTS // 16
 
 
 GROUPS = ((5, (3, 9, 1)), (8, (2,)), (2, (7, 7)))  # tokens of a prompt, and of its completions
@@ -141,7 +152,7 @@ def replays(monkeypatch):
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
 def test_packs_of_several_sizes_are_scored_and_trained_as_they_are(arch, replays):
     policy = Policy(arch)
-    policy.sizes.expect(Need(100, 10, 60))
+    policy.sizes.expect(Need(100, 24, 60))
     small, large = GROUPS[:1], GROUPS
     for seed in range(4):
         policy.check(small, seed)
@@ -164,6 +175,7 @@ def test_packs_whose_rows_share_nothing_have_no_more_keys_than_tokens(replays, m
 
 def test_a_pack_that_no_size_holds_goes_through_the_model_itself(replays):
     policy = Policy(first=0)
+    policy.sizes.expect(Need(100, 24, 0))
     policy.check(GROUPS[1:2])
     assert len(replays) == 1
     policy.check(GROUPS)  # more keys than tokens, which was not expected
@@ -174,7 +186,7 @@ def test_a_pack_that_no_size_holds_goes_through_the_model_itself(replays):
 def test_recordings_of_sizes_that_are_no_more_are_dropped(replays):
     policy = Policy(first=0)
     policy.check(GROUPS[1:2])
-    policy.sizes.expect(Need(100, 10, 60))
+    policy.sizes.expect(Need(100, 24, 60))
     policy.check(GROUPS)
     assert len(policy.head.graphed.passes) == 1
     assert len(set(replays)) == 2
@@ -182,7 +194,7 @@ def test_recordings_of_sizes_that_are_no_more_are_dropped(replays):
 
 def test_without_a_gradient_nothing_is_filled_up(replays):
     policy = Policy(first=0)
-    policy.sizes.expect(Need(100, 10, 60))
+    policy.sizes.expect(Need(100, 24, 60))
     made = batch(GROUPS)
     seen = []
     policy.model.get_base_model().model.register_forward_hook(lambda *_, **__: seen.append(1))
@@ -194,7 +206,7 @@ def test_without_a_gradient_nothing_is_filled_up(replays):
 
 def test_where_a_second_size_cannot_be_recorded_the_first_is_given_up_too(monkeypatch, replays):
     policy = Policy(first=0)
-    policy.sizes.expect(Need(100, 10, 60))
+    policy.sizes.expect(Need(100, 24, 60))
     policy.check(GROUPS[:1])
 
     def no_room(*_):

@@ -155,10 +155,10 @@ def test_recorded_packs_of_completions_are_those_of_the_model(arch, monkeypatch,
         join(model)
         return model
 
-    monkeypatch.setattr(fill, "SHORT", 4)
+    monkeypatch.setattr(fill, "LONG", 0)
     model = Policy(arch, prepare=prepare)
     model.tolerance = GRADIENTS
-    model.sizes.expect(Need(100, 10, 60))
+    model.sizes.expect(Need(100, 24, 60))
     for seed in range(6):
         model.check(GROUPS[:1], seed)
         model.check(GROUPS, seed)

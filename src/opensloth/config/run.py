@@ -69,7 +69,7 @@ class TrainOptions(Settings):
     )
     cuda_graphs: str = option(
         "auto",
-        "Record the passes of a pack as CUDA graphs (SFT, engine native); auto does on a card where it pays.",
+        "Record the passes of a pack as CUDA graphs (engine native); auto does on a card where it pays.",
         choices=GRAPHS,
     )
 

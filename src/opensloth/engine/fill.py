@@ -4,7 +4,7 @@ How long completions are is known when they are written, and each batch has othe
 sizes that holds it. What fills it up forms rows of its own, whose hidden states nothing reads.
 
 Rows that share a prompt all see its tokens: such a pack has more keys than tokens. How many keys there are for each
-token is a property of the batch, and grows with what comes.
+token, and how many tokens for each row, are properties of the batch; the room for keys and rows grows with what comes.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from opensloth.engine.attention import Boundaries
 
 PARTS = 12
-SHORT = 32  # tokens of a completion: there is room for so many rows that all may be as short
 SHARES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)  # of keys to tokens
-UNEVEN = 1.1  # times as many keys for its tokens as the batch may one of its packs have
+SHORT = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)  # tokens for each row
+UNEVEN = 1.1  # times as many keys or rows for its tokens as the batch may one of its packs have
+LONG = 1024  # positions of a row that fills up, where others have less: few of them do, and none is long to attend to
 
 
 class Need(NamedTuple):
@@ -98,12 +99,13 @@ class Sizes:
 
     def __init__(self, largest: int, longest: int, completions: int, pad: int) -> None:
         self.largest, self.longest, self.completions, self.pad = largest, longest, completions, pad
-        self.share = SHARES[0]  # of keys to tokens
-        self.all = self.of_share()  # from the smallest on
+        self.share, self.short = SHARES[0], SHORT[0]
+        self.all = self.made()  # from the smallest on
 
-    def of_share(self) -> list[Size]:
+    def made(self) -> list[Size]:
+        longest = max(self.longest, LONG)
         bare = [
-            Size(tokens, int(tokens * self.share), max(min(self.completions, tokens // SHORT), 1), self.longest)
+            Size(tokens, int(tokens * self.share), min(self.completions, max(tokens // self.short, 1)), longest)
             for tokens in tokens_of(self.largest)
         ]
         return [size._replace(rows=size.rows + size.fillers) for size in bare]
@@ -112,12 +114,14 @@ class Sizes:
         return next((size for size in self.all if need.within(size.room)), None)
 
     def expect(self, batch: Need) -> None:
-        """Make room for the keys of packs of a batch that needs so much in all. What was recorded is of no use then."""
-        wanted = 1 + UNEVEN * batch.extra / batch.tokens
-        share = next((share for share in SHARES if share >= wanted), wanted)
-        if share > self.share:
-            self.share = share
-            self.all = self.of_share()
+        """Make room for the keys and rows of packs of a batch that needs so much in all. What was recorded for less is
+        of no use then."""
+        share, short = 1 + UNEVEN * batch.extra / batch.tokens, batch.tokens / (UNEVEN * batch.rows)
+        share = max(self.share, next((one for one in SHARES if one >= share), share))
+        short = min(self.short, next((one for one in SHORT if one <= short), SHORT[-1]))
+        if (share, short) != (self.share, self.short):
+            self.share, self.short = share, short
+            self.all = self.made()
 
     def fill(self, pack: Pack) -> Pack:
         """A pack, filled up; as it is, where no size holds it."""
