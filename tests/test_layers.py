@@ -124,3 +124,21 @@ def test_commands_load_no_model_library(command: str) -> None:
     code = f"import sys, opensloth.cli.{command}; print(*{HEAVY!r} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "sample:arithmetic", "--model", "./no-model"],
+        ["eval", "no-rows.jsonl", "--model", "sample:tiny"],
+    ],
+)
+def test_what_is_not_there_is_told_before_a_model_library_is_loaded(words: list[str]) -> None:
+    lines = [
+        "import sys",
+        f"from opensloth.cli import {words[0]}, program",
+        f"code = program.run({words[0]}.app, {words[1:]!r})",
+        f"print(code, *{HEAVY!r} & sys.modules.keys())",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"], done.stderr

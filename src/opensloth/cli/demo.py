@@ -45,18 +45,20 @@ def run(output: Path, samples: int | None, max_steps: int | None, processes: int
     """
     from opensloth.cli.eval import table
     from opensloth.cli.two_in_one import start_grpo, start_sft
+    from opensloth.evaluation.asked import asked
     from opensloth.evaluation.compare import compare
 
     sft, grpo = output / "sft", output / "grpo"
-    asked = {"samples": samples, "max_steps": max_steps, "processes": processes}
-    given = {"input": DATA} | {name: value for name, value in asked.items() if value is not None}
+    changed = {"samples": samples, "max_steps": max_steps, "processes": processes}
+    given = {"input": DATA} | {name: value for name, value in changed.items() if value is not None}
     log.say(f"1/3  SFT of {MODEL} on {DATA}: the model learns the form of an answer")
     start_sft(resolve(TrainSftJob, SFT | given | {"model": MODEL, "output": sft}))
     log.say("2/3  GRPO from that adapter: the model tries, and what is rewarded becomes likelier")
     start_grpo(resolve(TrainGrpoJob, GRPO | given | {"model": str(sft), "output": grpo}))
     log.say(f"3/3  the base model and both adapters answer {HELD_OUT} problems that none of them has seen")
     models = [MODEL, str(sft), str(grpo)]
-    found = compare(resolve(EvalJob, {"input": DATA, "model": models, "samples": HELD_OUT, "max_new": MAX_NEW}).job)
+    job = resolve(EvalJob, {"input": DATA, "model": models, "samples": HELD_OUT, "max_new": MAX_NEW}).job
+    found = compare(job, asked(job))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(found.reports, len(found.problems)))
     console.print(f"adapter      {os.path.relpath(grpo)}")

@@ -29,14 +29,17 @@ def evaluate(request: Request[EvalJob]) -> None:
         answers = f"1 greedy and {job.group_size} sampled" if job.group_size > 1 else "1, greedy"
         plan = {"models": f"{len(job.model)}, one after the other", "answers to each": answers}
         if job.input.startswith("sample:") or Path(job.input).exists():  # no data set is fetched for it
-            from opensloth.evaluation.compare import asked
+            from opensloth.evaluation.asked import asked
 
             plan["problems"] = f"{len(asked(job).problems):,}"
         show_plan(request.resolved, plan, request.as_json)
         return
-    from opensloth.evaluation.compare import compare
+    from opensloth.evaluation.asked import asked
 
-    found = compare(job)
+    what = asked(job)
+    from opensloth.evaluation.compare import compare  # torch, which takes seconds
+
+    found = compare(job, what)
     if request.as_json:
         print(json.dumps(record(found, job), ensure_ascii=False))
     else:
