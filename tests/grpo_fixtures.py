@@ -127,7 +127,16 @@ def record_packs(patch):
     from opensloth.engine import choose
 
     patch.setattr(choose, "may_record", lambda *_: choose.RECORDED)
-    patch.setattr(choose, "largest_recorded", lambda shape, tokens, batch, slower: tokens)
+    patch.setattr(choose, "largest_recorded", lambda shape, tokens, *_, **__: tokens)
+
+
+def replays_of(patch):
+    """A list that gets an entry for each pack that goes through recordings."""
+    from opensloth.engine.graphed import Passes
+
+    done, replay = [], Passes.__call__
+    patch.setattr(Passes, "__call__", lambda self, inputs: done.append(self) or replay(self, inputs))
+    return done
 
 
 def train_in_two_processes(*jobs, **variables):
@@ -213,6 +222,8 @@ if __name__ == "__main__":  # one of the processes of `train_in_two_processes`
     for port, run in (word.split(":", 1) for word in sys.argv[1:]):
         os.environ["MASTER_PORT"] = port
         with as_a_worker(), pytest.MonkeyPatch.context() as patch_:
+            replays = replays_of(patch_)
             if RECORDS in os.environ:
                 record_packs(patch_)
             worker.run(Path(run))
+            assert bool(replays) == (RECORDS in os.environ)

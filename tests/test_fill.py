@@ -2,19 +2,26 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from grpo_fixtures import BATCH, RECORDS, make_place, metrics, record_packs, train, train_in_two_processes
-from opensloth.engine import attention, choose, fill, graphed, head
+from grpo_fixtures import BATCH, RECORDS, make_place, metrics, record_packs, replays_of, train, train_in_two_processes
+from opensloth.config.jobs import GrpoJob
+from opensloth.engine import attention, choose, fill, graphed, head, matmul, memory
 from opensloth.engine.attention import Boundaries
-from opensloth.engine.fill import PARTS, SHARES, Need, Size, Sizes
-from opensloth.engine.graphed import Graphed, Passes
-from opensloth.engine.memory import Shape
+from opensloth.engine.fill import KEYS_PER_TOKEN, PARTS, Need, Size, Sizes
+from opensloth.engine.graphed import Graphed
+from opensloth.engine.memory import Means, MemoryPlan, Shape
 from opensloth.engine.policy import packed
+from opensloth.rollout.room import Room
+from opensloth.training.grpo import sizes
 from opensloth.training.grpo.micro_batches import Cutter
+from opensloth.training.grpo.sizes import Batch
+from opensloth.training.place import Place
 from test_attention import build
 from test_lora_layer import away_from_zero
 
@@ -36,7 +43,7 @@ def test_what_fills_a_pack_up_has_rows_of_its_own():
     chooser = random.Random(0)
     for _ in range(200):
         tokens = chooser.randint(60, 400)
-        size = Size(tokens, int(tokens * chooser.choice(SHARES)), 0, LONGEST)
+        size = Size(tokens, int(tokens * chooser.choice(KEYS_PER_TOKEN)), 0, LONGEST)
         size = size._replace(rows=20 + size.fillers)
         lengths, extra = [], []
         while len(lengths) < 20:
@@ -63,32 +70,32 @@ def test_what_fills_a_pack_up_has_rows_of_its_own():
 
 
 def test_a_pack_takes_the_smallest_size_that_holds_it():
-    sizes = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
-    sizes.expect(Need(1000, 100, 0))
-    assert [size.tokens for size in sizes.all] == list(range(100, 100 * PARTS + 1, 100))
-    assert [size.room.rows for size in sizes.all] == [min(100 * part // 8, 150) for part in range(1, PARTS + 1)]
-    for size in sizes.all:
-        assert sizes.smallest(size.room) == size
-    first, second, *_ = sizes.all
-    assert sizes.smallest(Need(first.room.tokens + 1, 1, 0)) == second
-    assert sizes.smallest(Need(10, second.room.rows, 0)) == second
-    assert sizes.smallest(Need(10, 151, 0)) is None
-    assert sizes.smallest(Need(100 * PARTS, 1, 0)) is None
-    assert sizes.smallest(Need(100, 1, 1)) is None  # no key is expected beyond the tokens yet
+    some = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
+    some.expect([Need(1000, 100, 0)])
+    assert [size.tokens for size in some.all] == list(range(100, 100 * PARTS + 1, 100))
+    assert [size.room.rows for size in some.all] == [min(100 * part // 8, 150) for part in range(1, PARTS + 1)]
+    for size in some.all:
+        assert some.smallest(size.room) == size
+    first, second, *_ = some.all
+    assert some.smallest(Need(first.room.tokens + 1, 1, 0)) == second
+    assert some.smallest(Need(10, second.room.rows, 0)) == second
+    assert some.smallest(Need(10, 151, 0)) is None
+    assert some.smallest(Need(100 * PARTS, 1, 0)) is None
+    assert some.smallest(Need(100, 1, 1)) is None  # no key is expected beyond the tokens yet
 
 
 def test_there_is_room_for_as_many_keys_and_rows_as_came():
-    sizes = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
-    assert [size.room.rows for size in sizes.all] == [1] * PARTS
-    sizes.expect(Need(1000, 10, 350))
-    assert [size.keys for size in sizes.all] == list(range(150, 150 * PARTS + 1, 150))
-    assert sizes.all[-1].room.rows == 100 * PARTS // 64
-    before = sizes.all
-    sizes.expect(Need(1000, 5, 100))
-    assert sizes.all is before
-    sizes.expect(Need(1000, 50, 100_000))  # more than SHARES have
-    assert sizes.all[0].keys == pytest.approx(100 * (1 + 1.1 * 100), abs=1)
-    assert sizes.all[-1].room.rows == 100 * PARTS // 16
+    some = Sizes(100 * PARTS, LONGEST, completions=150, pad=0)
+    assert [size.room.rows for size in some.all] == [1] * PARTS
+    some.expect([Need(1000, 10, 350), Need(600, 3, 100), Need(100, 50, 900)])  # the last has room in a larger size
+    assert [size.keys for size in some.all] == list(range(150, 150 * PARTS + 1, 150))
+    assert some.all[-1].room.rows == 100 * PARTS // 64
+    before = some.all
+    some.expect([Need(1000, 5, 100)])
+    assert some.all is before
+    some.expect([Need(1000, 50, 100_000)])  # more than KEYS_PER_TOKEN has
+    assert some.all[0].keys == 100 * (1 + 100)
+    assert some.all[-1].room.rows == 100 * PARTS // 16
 
 
 GROUPS = ((5, (3, 9, 1)), (8, (2,)), (2, (7, 7)))  # tokens of a prompt, and of its completions
@@ -113,14 +120,14 @@ class Policy:
 
     tolerance = 1e-5
 
-    def __init__(self, arch="llama", recordings=8, first=2, prepare=lambda model: model):
+    def __init__(self, arch="llama", recordings=8, unrecorded=2, prepare=lambda model: model):
         self.model = prepare(away_from_zero(build(arch)).train())
         self.plain = head.find(self.model.get_base_model())[0]
         self.model.set_attn_implementation(attention.NAME)
         self.sizes = Sizes(144, LONGEST, completions=12, pad=0)
         self.said = []
         self.head = copy.copy(self.plain)
-        self.head.graphed = Graphed(self.model, self.sizes.has, self.said.append, recordings, first)
+        self.head.graphed = Graphed(self.model, self.sizes.has, self.said.append, recordings, unrecorded)
 
     def step(self, made, head, sizes=None):
         self.model.zero_grad()
@@ -144,19 +151,17 @@ class Policy:
 
 @pytest.fixture
 def replays(monkeypatch):
-    done, replay = [], Passes.__call__
-    monkeypatch.setattr(Passes, "__call__", lambda self, inputs: done.append(self) or replay(self, inputs))
-    return done
+    return replays_of(monkeypatch)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
 def test_packs_of_several_sizes_are_scored_and_trained_as_they_are(arch, replays):
     policy = Policy(arch)
-    policy.sizes.expect(Need(100, 24, 60))
+    policy.sizes.expect([Need(100, 24, 60)])
     small, large = GROUPS[:1], GROUPS
     for seed in range(4):
-        policy.check(small, seed)
         policy.check(large, seed)
+        policy.check(small, seed)
     assert policy.said == []
     assert len(replays) == 4  # the first two of each size went through the model itself
     assert len(set(replays)) == 2
@@ -174,8 +179,8 @@ def test_packs_whose_rows_share_nothing_have_no_more_keys_than_tokens(replays, m
 
 
 def test_a_pack_that_no_size_holds_goes_through_the_model_itself(replays):
-    policy = Policy(first=0)
-    policy.sizes.expect(Need(100, 24, 0))
+    policy = Policy(unrecorded=0)
+    policy.sizes.expect([Need(100, 24, 0)])
     policy.check(GROUPS[1:2])
     assert len(replays) == 1
     policy.check(GROUPS)  # more keys than tokens, which was not expected
@@ -183,38 +188,68 @@ def test_a_pack_that_no_size_holds_goes_through_the_model_itself(replays):
     assert policy.head.graphed.passes == {}
 
 
-def test_recordings_of_sizes_that_are_no_more_are_dropped(replays):
-    policy = Policy(first=0)
-    policy.check(GROUPS[1:2])
-    policy.sizes.expect(Need(100, 24, 60))
-    policy.check(GROUPS)
-    assert len(policy.head.graphed.passes) == 1
+def test_sizes_that_grow_are_recorded_anew_however_often_that_is(replays, monkeypatch):
+    """As completions become shorter there are more rows, and more keys, for as many tokens."""
+    monkeypatch.setattr(graphed, "WORTH_IT", 2)
+    policy = Policy(recordings=1, unrecorded=0)
+    for keys in (0, 40, 90, 150):
+        policy.sizes.expect([Need(100, 24, keys)])
+        policy.check(GROUPS[1:2], 1)
+        policy.check(GROUPS[1:2], 2)
+        assert len(policy.head.graphed.passes) == 1
+    assert len(set(replays)) == 4
+    assert policy.said == []
+
+
+def test_recordings_that_never_pay_are_given_up_and_a_line_says_so(replays):
+    policy = Policy(recordings=2, unrecorded=0)
+    for keys in (0, 40, 90, 150):
+        policy.sizes.expect([Need(100, 24, keys)])
+        policy.check(GROUPS[1:2])
     assert len(set(replays)) == 2
+    assert policy.head.graphed.passes == {}
+    assert policy.said == ["the passes of packs are no longer recorded as CUDA graphs: too many sizes came"]
+
+
+def test_the_memory_of_recordings_begins_with_the_largest(replays):
+    """What it gave back of a smaller one is in pieces too small for a larger one."""
+    policy = Policy(unrecorded=0)
+    policy.sizes.expect([Need(100, 24, 60)])
+    small, large = GROUPS[1:2], GROUPS
+    for groups, there in ((small, 1), (large, 1), (small, 2), (large, 2)):
+        policy.check(groups)
+        assert len(policy.head.graphed.passes) == there
+    assert len(set(replays)) == 3
 
 
 def test_without_a_gradient_nothing_is_filled_up(replays):
-    policy = Policy(first=0)
-    policy.sizes.expect(Need(100, 24, 60))
+    policy = Policy(unrecorded=0)
+    policy.sizes.expect([Need(100, 24, 60)])
     made = batch(GROUPS)
-    seen = []
-    policy.model.get_base_model().model.register_forward_hook(lambda *_, **__: seen.append(1))
+    widths = []
+    embeddings = policy.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
     with torch.no_grad():
         found = packed(policy.model, *made, TEMPERATURE, policy.head, policy.sizes)
-    assert torch.allclose(found.logps, packed(policy.model, *made, TEMPERATURE, policy.plain).logps, atol=1e-6)
+        assert torch.equal(found.logps, packed(policy.model, *made, TEMPERATURE, policy.plain).logps)
+    packed(policy.model, *made, TEMPERATURE, policy.plain, policy.sizes)
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in GROUPS)
+    assert widths == [tokens, tokens, policy.sizes.smallest(Need(tokens, 6, 12)).tokens]
+    assert widths[-1] > tokens
     assert replays == []
 
 
 def test_where_a_second_size_cannot_be_recorded_the_first_is_given_up_too(monkeypatch, replays):
-    policy = Policy(first=0)
-    policy.sizes.expect(Need(100, 24, 60))
-    policy.check(GROUPS[:1])
+    policy = Policy(unrecorded=0)
+    policy.sizes.expect([Need(100, 24, 60)])
+    policy.check(GROUPS)
 
     def no_room(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(graphed, "recorded", no_room)
-    policy.check(GROUPS)
     policy.check(GROUPS[:1])
+    policy.check(GROUPS)
     assert len(replays) == 1
     assert policy.head.graphed.passes == {}
     assert policy.said == ["the passes of packs are not recorded as CUDA graphs: out of memory"]
@@ -223,21 +258,32 @@ def test_where_a_second_size_cannot_be_recorded_the_first_is_given_up_too(monkey
 def test_a_batch_is_cut_into_as_few_packs_as_hold_it_of_equal_size():
     chooser = np.random.default_rng(0)
     prompts, completions = chooser.integers(5, 15, 8).repeat(4), chooser.integers(1, 16, 32)
-    sizes = Sizes(12 * PARTS, LONGEST, completions=32, pad=0)
-    cutter = Cutter(group=4, pack_tokens=12 * PARTS, batch_size=None, packs=True, sizes=sizes)
+    some = Sizes(12 * PARTS, LONGEST, completions=32, pad=0)
+    cutter = Cutter(group=4, pack_tokens=12 * PARTS, batch_size=None, packs=True, sizes=some)
     cutter.expect(prompts, completions)
     parts = cutter.cut(prompts, completions)
     assert [place for part in parts for place in part] == list(range(32))
-    assert len(parts) == len(cutter.dealt(prompts, completions, sizes.all[-1].room)) > 1
+    assert len(parts) == len(cutter.dealt(prompts, completions, some.all[-1].room)) > 1
     needs = [cutter.need(part, prompts, completions) for part in parts]
-    taken = {sizes.smallest(need) for need in needs}
+    taken = {some.smallest(need) for need in needs}
     assert None not in taken
-    smaller = sizes.all[sizes.all.index(max(taken)) - 1]
+    smaller = some.all[some.all.index(max(taken)) - 1]
     assert len(cutter.dealt(prompts, completions, smaller.room)) > len(parts)
     load = cutter.load(parts, prompts, completions)
     assert load.tokens == sum(need.tokens for need in needs)
-    assert load.slots == sum(sizes.smallest(need).tokens for need in needs)
+    assert load.slots == sum(some.smallest(need).tokens for need in needs)
     assert load.room == 12 * PARTS * len(parts)
+
+
+def test_a_batch_of_uneven_groups_is_cut_into_as_few_packs():
+    """Four groups of short completions, and four of long ones: no pack is full of rows, or of keys, and half empty."""
+    prompts, completions = np.full(256, 100), np.repeat([20, 20, 20, 20, 1_000, 1_000, 1_000, 1_000], 32)
+    cutter = Cutter(group=32, pack_tokens=24_000, batch_size=None, packs=True, sizes=Sizes(24_000, 1_100, 256, pad=0))
+    cutter.expect(prompts, completions)
+    parts = cutter.cut(prompts, completions)
+    load = cutter.load(parts, prompts, completions)
+    assert len(parts) == 6
+    assert load.slots <= 1.1 * load.tokens
 
 
 SMALL = Shape(49_152 * 576, 30, 576, 1536, 49_152, 576, 960)  # of SmolLM2-135M
@@ -247,9 +293,62 @@ LARGE = Shape(151_936 * 4096, 36, 4096, 12_288, 151_936, 4096, 6144)  # of Qwen3
 def test_packs_are_as_large_as_takes_least_time():
     """With a small model the host is what takes the time, with a large one the card."""
     for batch in (1_000, 20_000, 72_000, 300_000):
-        assert choose.largest_recorded(SMALL, 32_768, batch, slower=True) > min(batch, 30_000) / 2
-        assert choose.largest_recorded(LARGE, 32_768, max(batch, 20_000), slower=True) == 0
-    assert choose.largest_recorded(LARGE, 32_768, 4_000, slower=True) > 0
+        assert choose.largest_recorded(SMALL, 32_768, 300, batch, slower=True) > min(batch, 30_000) / 2
+        assert choose.largest_recorded(LARGE, 32_768, 300, max(batch, 20_000), slower=True) == 0
+    small = choose.largest_recorded(LARGE, 32_768, 300, 4_000, slower=True)
+    assert small > 0
+    assert choose.largest_recorded(LARGE, 32_768, 2 * small, 4_000, slower=True) > 2 * small
+    assert choose.largest_recorded(SMALL, 1_000, 999, 4_000, slower=True) == 0
+
+
+def card(monkeypatch, free):
+    """What a rule is told on a card with so many free bytes: an engine, a job, a place and a plan."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    engine = SimpleNamespace(
+        model=SimpleNamespace(config=config), packs_natively=True, recordable=True, dtype=torch.bfloat16, means=Means()
+    )
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(matmul, "times", 1.0)
+    return engine, GrpoJob(data="data"), Place(0, 1, torch.device("cuda", 0), "nccl"), MemoryPlan(32_768, "none")
+
+
+def largest(monkeypatch, free=100 * 2**30, stays=True, others=(), **changes):
+    """Tokens of the largest pack that is recorded, and the reason. `others`: what the rest of the processes say."""
+    engine, job, place, plan = card(monkeypatch, free)
+    monkeypatch.setattr(sizes, "of_all", lambda mine: [mine, *(one for one in others if type(one) is type(mine))])
+    batch = Batch(longest=600, completions=64, room=Room(64, 2**20, stays))
+    return sizes.largest_pack(engine, job.model_copy(update=changes), place, plan, batch)
+
+
+def test_packs_are_recorded_where_it_pays_and_there_is_room(monkeypatch):
+    tokens, chosen = largest(monkeypatch)
+    assert (tokens > 600, chosen) == (True, choose.RECORDED)
+    assert largest(monkeypatch, load_in_4bit=True, compile="on")[1] == choose.RECORDED  # which compiles nothing
+    for change, why in (
+        ({"cuda_graphs": "off"}, "as asked"),
+        ({"batch_size": 4}, "they are for packs of one size"),
+        ({"compile": "on"}, "compiled layers take packs of any size"),
+        ({"stays": False}, "completions need the memory that recordings keep"),
+        ({"free": 2**30}, "there is no memory for two packs at once"),
+        ({"free": 0}, "there is no memory for two packs at once"),
+    ):
+        assert largest(monkeypatch, **change) == (0, choose.Choice("off", why)), change
+
+
+def test_processes_record_together_or_not_at_all(monkeypatch):
+    """One has no room for completions that stay, or less memory than the others."""
+    alone, _ = largest(monkeypatch)
+    assert largest(monkeypatch, others=[False])[0] == 0
+    fewer, _ = largest(monkeypatch, others=[1_000])
+    assert 600 < fewer <= 1_000 < alone
 
 
 def test_a_run_is_the_same_with_packs_that_are_recorded(tmp_path, monkeypatch, replays):

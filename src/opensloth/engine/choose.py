@@ -8,7 +8,7 @@ import torch
 
 from opensloth.config.run import TrainOptions
 from opensloth.engine import fill, pace
-from opensloth.engine.memory import Shape
+from opensloth.engine.memory import ROOM, Shape
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
@@ -22,6 +22,7 @@ class Choice:
 
 
 RECORDED = Choice("on", "a pack is a few launches for the host, not thousands")
+FAST_HOST = Choice("off", "with this model and packs of this size the host is fast enough")
 
 
 def engine(options: TrainOptions, device: torch.device) -> Choice:
@@ -109,21 +110,25 @@ def worth_recording(shape: Shape, pack_tokens: int, filled: float, slower: bool)
     """
     takes = pace.recorded(shape, pack_tokens, slower)
     if takes > pace.launched(shape, pack_tokens):
-        return Choice("off", "with this model and packs of this size the host is fast enough")
+        return FAST_HOST
     if filled < pace.LEAST_FILLED or takes > pace.launched(shape, filled * pack_tokens):
         return Choice("off", f"with packs of one size {1 - filled:.0%} of all tokens would be padding")
     return RECORDED
 
 
-def largest_recorded(shape: Shape, pack_tokens: int, batch: int, slower: bool) -> int:
+def largest_recorded(shape: Shape, pack_tokens: int, longest: int, batch: int, slower: bool) -> int:
     """Tokens of the largest packs of completions, where batches take least time if packs are filled up to parts of
     that (engine/fill.py) and recorded; 0 where they take as long if they are not.
 
     Args:
         pack_tokens: of the largest pack that is not recorded; those that are have no more.
+        longest: tokens of the longest row, which a pack must hold besides what fills it up.
         batch: tokens of a batch whose completions are as long as they may be. Others have a half, or a quarter.
         slower: as in `worth_recording`.
     """
+    largest = [tokens for tokens in fill.tokens_of(pack_tokens) if tokens >= ROOM * longest]
+    if not largest:
+        return 0
     batches = [batch / share for share in (1, 2, 4)]
 
     def launched(tokens: float) -> float:
@@ -135,7 +140,6 @@ def largest_recorded(shape: Shape, pack_tokens: int, batch: int, slower: bool) -
         size = min(tokens / packs + largest / fill.PARTS / 2, largest)  # half of a part is filled up, on average
         return packs * (pace.recorded(shape, size, slower) + pace.SMALL * shape.layers)
 
-    largest = fill.tokens_of(pack_tokens)
     seconds = {tokens: sum(recorded(batch, tokens) for batch in batches) for tokens in largest}
     best = min(largest, key=lambda tokens: (seconds[tokens], -tokens))
     return best if seconds[best] < WORTH_RECORDING * sum(map(launched, batches)) else 0

@@ -7,7 +7,7 @@ Rows that share a prompt all see its tokens: such a pack has more keys than toke
 token, and how many tokens for each row, are properties of the batch; the room for keys and rows grows with what comes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from opensloth.engine.attention import Boundaries
 
 PARTS = 12
-SHARES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)  # of keys to tokens
-SHORT = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)  # tokens for each row
-UNEVEN = 1.1  # times as many keys or rows for its tokens as the batch may one of its packs have
-LONG = 1024  # positions of a row that fills up, where others have less: few of them do, and none is long to attend to
+KEYS_PER_TOKEN = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+TOKENS_PER_ROW = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+LONG = 1024  # positions of a row that fills up, if real ones may not be longer: so it takes few such rows
 
 
 class Need(NamedTuple):
@@ -29,7 +28,7 @@ class Need(NamedTuple):
     rows: int
     extra: int
 
-    def with_(self, other: "Need") -> "Need":
+    def plus(self, other: "Need") -> "Need":
         return Need(*(one + more for one, more in zip(self, other, strict=True)))
 
     def within(self, room: "Need") -> bool:
@@ -99,13 +98,18 @@ class Sizes:
 
     def __init__(self, largest: int, longest: int, completions: int, pad: int) -> None:
         self.largest, self.longest, self.completions, self.pad = largest, longest, completions, pad
-        self.share, self.short = SHARES[0], SHORT[0]
+        self.keys_per_token, self.tokens_per_row = KEYS_PER_TOKEN[0], TOKENS_PER_ROW[0]
         self.all = self.made()  # from the smallest on
 
     def made(self) -> list[Size]:
         longest = max(self.longest, LONG)
         bare = [
-            Size(tokens, int(tokens * self.share), min(self.completions, max(tokens // self.short, 1)), longest)
+            Size(
+                tokens,
+                int(tokens * self.keys_per_token),
+                min(self.completions, max(tokens // self.tokens_per_row, 1)),
+                longest,
+            )
             for tokens in tokens_of(self.largest)
         ]
         return [size._replace(rows=size.rows + size.fillers) for size in bare]
@@ -113,14 +117,19 @@ class Sizes:
     def smallest(self, need: Need) -> Size | None:
         return next((size for size in self.all if need.within(size.room)), None)
 
-    def expect(self, batch: Need) -> None:
-        """Make room for the keys and rows of packs of a batch that needs so much in all. What was recorded for less is
-        of no use then."""
-        share, short = 1 + UNEVEN * batch.extra / batch.tokens, batch.tokens / (UNEVEN * batch.rows)
-        share = max(self.share, next((one for one in SHARES if one >= share), share))
-        short = min(self.short, next((one for one in SHORT if one <= short), SHORT[-1]))
-        if (share, short) != (self.share, self.short):
-            self.share, self.short = share, short
+    def expect(self, packs: Sequence[Need]) -> None:
+        """Make room for the keys and rows of packs like these. What was recorded for less is of no use then.
+
+        A pack that is not even half as full as the fullest may take a larger size instead.
+        """
+        fullest = max(pack.tokens for pack in packs)
+        full = [pack for pack in packs if 2 * pack.tokens >= fullest]
+        keys = max(1 + pack.extra / pack.tokens for pack in full)
+        tokens = min(pack.tokens / pack.rows for pack in full)
+        keys = max(self.keys_per_token, next((some for some in KEYS_PER_TOKEN if some >= keys), keys))
+        fewest = min(self.tokens_per_row, next((some for some in TOKENS_PER_ROW if some <= tokens), TOKENS_PER_ROW[-1]))
+        if (keys, fewest) != (self.keys_per_token, self.tokens_per_row):
+            self.keys_per_token, self.tokens_per_row = keys, fewest
             self.all = self.made()
 
     def fill(self, pack: Pack) -> Pack:

@@ -176,7 +176,7 @@ class Graphed:
         takes: whether packs of these shapes are recorded.
         say: is told once where the passes are not recorded, or no more, and why.
         recordings: that are made in a row though none has paid.
-        first: packs of a shape that come before it is recorded.
+        unrecorded: packs of a shape that come before it is recorded.
     """
 
     def __init__(
@@ -185,11 +185,11 @@ class Graphed:
         takes: Callable[[Shapes], bool],
         say: Callable[[str], object],
         recordings: int = MOST_RECORDINGS,
-        first: int = 0,
+        unrecorded: int = 0,
     ) -> None:
         self.model, self.takes, self.say = model, takes, say
         self.recordings = self.recordings_left = recordings
-        self.first = first
+        self.unrecorded = unrecorded
         self.came: Counter[Key] = Counter()
         self.passes: dict[Key, Passes] = {}
         self.common: Common | None = None  # to all passes
@@ -205,12 +205,15 @@ class Graphed:
             if not self.recordings_left:
                 self.say_once("the passes of packs are no longer recorded as CUDA graphs: many have another shape")
             return forward(**inputs)
-        if self.common is not None and not self.common.sums.holds:
+        if self.common is not None and not (self.common.sums.holds and all(map(self.takes, map(dict, self.passes)))):
             self.forget()
         key = tuple(sorted(shapes.items()))
         self.came[key] += 1
-        if key not in self.passes and self.recordings_left and self.came[key] > self.first and trial.is_telling(inputs):
-            self.record(key, forward, inputs)
+        if key not in self.passes and self.came[key] > self.unrecorded and trial.is_telling(inputs):
+            if self.recordings_left:
+                self.record(key, forward, inputs)
+            else:
+                self.say_once("the passes of packs are no longer recorded as CUDA graphs: too many sizes came")
         return self.passes[key](inputs) if key in self.passes else forward(**inputs)
 
     def forget(self) -> None:
@@ -228,8 +231,9 @@ class Graphed:
             self.say(line)
 
     def record(self, key: Key, forward: Forward, inputs: Mapping[str, Any]) -> None:
+        if all(passes.inputs["input_ids"].numel() < inputs["input_ids"].numel() for passes in self.passes.values()):
+            self.forget()  # what smaller packs gave back to the recordings' memory is in pieces too small for this one
         self.recordings_left -= 1
-        self.passes = {other: passes for other, passes in self.passes.items() if self.takes(dict(other))}
         try:
             if self.common is None:
                 leaves = Leaves(self.model)

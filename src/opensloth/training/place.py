@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opensloth import log
+
 # Groups are never given back. When DDP's reducer is the last to hold one, it ends gloo's thread while it holds Python's
 # lock, which that thread may be waiting for: now and then a run would hang after its last line (pytorch issue 56297).
 _groups: list[Any] = []
@@ -25,6 +27,10 @@ class Place:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """A line of this process's own."""
+        log.say(line if self.leads else f"process {self.rank}: {line}")
 
 
 def join(device_name: str) -> Place:

@@ -237,9 +237,8 @@ def trainer_class() -> type[Any]:
             trains = torch.is_grad_enabled()
             host = self.part_on_host if trains else HostRows(input_ids.cpu(), attention_mask.cpu())
             parts = [list(range(len(input_ids)))] if trains else self.cutter.cut(*host.lengths(logits_to_keep))
-            rows_of = (
-                host if self.cutter.packs else HostRows(input_ids, attention_mask)
-            )  # packs are laid out on the host
+            # packs are laid out on the host
+            rows_of = host if self.cutter.packs else HostRows(input_ids, attention_mask)
             found = []
             with self.compute_loss_context_manager():
                 for rows in parts:

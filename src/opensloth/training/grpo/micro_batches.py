@@ -37,7 +37,9 @@ class Cutter:
     def expect(self, prompts: Lengths, completions: Lengths) -> None:
         """Make room for packs of a batch, given the tokens of each of its prompts and completions."""
         if self.sizes is not None:
-            self.sizes.expect(self.need(range(len(prompts)), prompts, completions))
+            room = Need(self.sizes.largest, sys.maxsize, sys.maxsize)
+            parts = self.dealt(prompts, completions, room)
+            self.sizes.expect([self.need(part, prompts, completions) for part in parts])
 
     def cut(self, prompts: Lengths, completions: Lengths) -> list[list[int]]:
         """Places of the completions of each micro-batch, given the tokens of each prompt and completion."""
@@ -64,7 +66,7 @@ class Cutter:
         for place, (prompt, completion) in enumerate(zip(prompts.tolist(), completions.tolist(), strict=True)):
             # a prompt is paid for once in each micro-batch that has completions of it
             shares = bool(parts) and parts[-1][-1] // self.group == place // self.group
-            more = taken.with_(Need(completion, 1, prompt) if shares else Need(prompt + completion, 1, 0))
+            more = taken.plus(Need(completion, 1, prompt) if shares else Need(prompt + completion, 1, 0))
             if not parts or not more.within(room):
                 parts.append([])
                 more = Need(prompt + completion, 1, 0)

@@ -38,7 +38,7 @@ from opensloth.training.grpo.metrics import BatchesMetrics
 from opensloth.training.grpo.micro_batches import Cutter
 from opensloth.training.grpo.plain_trl import grpo_config
 from opensloth.training.grpo.prompts import Prompts
-from opensloth.training.grpo.sizes import sizes_of_packs
+from opensloth.training.grpo.sizes import Batch, sizes_of_packs
 from opensloth.training.place import Place
 from opensloth.training.rehearsal import Attempt, rehearse
 from opensloth.training.run import DueEvaluation, run_files, seed_of, train_to_the_end
@@ -73,9 +73,16 @@ def train(run_dir: Path, job: GrpoJob, ref: ModelRef, prepared: Prepared, place:
         pack_tokens = rehearse(engine, chosen, longest, place.device, attempt, room.kept if room else 0)
     if choose.compilation(job, place.device, engine.packs_natively, tokens=0).value == "on":
         engine.compile(dynamic=True)
-    fits = replace(chosen, pack_tokens=pack_tokens)
-    sizes = sizes_of_packs(engine, job, place, fits, longest, completions_of(job, place), room)
-    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, pack_tokens, place, decoder, room, sizes)
+    batch = Batch(longest, completions_of(job, place), room)
+    sizes = sizes_of_packs(engine, job, place, replace(chosen, pack_tokens=pack_tokens), batch)
+    cutter = Cutter(
+        group=job.group_size if attention.shares(place.device) else 1,
+        pack_tokens=sizes.largest if sizes else pack_tokens,
+        batch_size=job.batch_size,
+        packs=engine.packs_natively,
+        sizes=sizes,
+    )
+    run = describe_run(run_dir, job, ref, prepared, engine, laid_out, place, decoder, room, cutter)
     trainer = build_trainer(run, job, prepared, engine, chosen.checkpointing, place)
     if job.beta and job.full_finetuning:
         add_reference(trainer, job, ref, engine)
@@ -142,11 +149,10 @@ def describe_run(
     prepared: Prepared,
     engine: Engine,
     laid_out: Batches,
-    pack_tokens: int,
     place: Place,
     decoder: GraphDecoder | VllmWriter | None,
     room: Room | None,
-    sizes: Sizes | None,
+    cutter: Cutter,
 ) -> group_trainer.Run:
     held = held_out_prompts(run_dir, prepared)
     return group_trainer.Run(
@@ -154,14 +160,8 @@ def describe_run(
         prompts=Prompts(prepared, laid_out, job.group_size, place.rank, place.processes),
         contract=prepared.contract,
         tokenizer=engine.tokenizer,
-        scores=scores(engine, sizes),
-        cutter=Cutter(
-            group=job.group_size if attention.shares(place.device) else 1,
-            pack_tokens=sizes.largest if sizes else pack_tokens,
-            batch_size=job.batch_size,
-            packs=engine.packs_natively,
-            sizes=sizes,
-        ),
+        scores=scores(engine, cutter.sizes),
+        cutter=cutter,
         sampling=Sampling(job.temperature, job.top_p, job.top_k, job.min_p),
         max_new=job.max_new,
         stops=stop_ids(engine.tokenizer, prepared.contract, job.stop),

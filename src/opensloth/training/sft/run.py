@@ -91,8 +91,7 @@ def with_one_shape(
     if compiling.value == "on":
         engine.compile(dynamic=False)
     if graphs.value == "on":
-        process = "" if place.leads else f"process {place.rank}: "
-        engine.record(run.batcher([]), lambda line: log.say(process + line))
+        engine.record(run.batcher([]), place.say)
     return replace(run, recorded=graphs.value == "on")
 
 
