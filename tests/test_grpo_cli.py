@@ -309,6 +309,10 @@ def test_a_dry_run_of_the_one_command_estimates_the_same(call, here):
     assert plan["a batch"].endswith("64 completions; 5 optimizer steps on each batch")
     assert plan["reference"] == "none (--beta 0)"
     assert Path(plan["prepared data"]).name.startswith("grpo-rows-")
+    few = refused(*call(train.app, "grpo", *command, "--prompts-per-step", 100_000, "--dry-run"))
+    assert "prompts to train on, fewer than --prompts-per-step 100000." in few
+    unsloth = refused(*call(train.app, "grpo", *command, "--engine", "unsloth", "--dry-run"))
+    assert "--engine unsloth needs a CUDA card." in unsloth
     assert not (here / "data").exists()
 
 

@@ -553,6 +553,20 @@ def test_held_out_problems_are_answered_before_between_and_after_the_steps(run):
     assert trained.isdisjoint(prepared.rows.prompt(int(row)).row_id for row in prepared.is_eval.nonzero()[0])
 
 
+def test_of_equally_many_right_answers_the_higher_reward_decides(here):
+    """None is right within five tokens, so that only the reward tells the adapters apart."""
+    job = ("held", *BATCH, "--max-new", 5, "--rewards", "rewards.py:letters", "--processes", 1, "--lr", 0.02)
+    said = train(*job, "--max-steps", 4, "--eval-steps", 1, "--output", "tied")
+    looks = metrics(here / "tied", "eval_reward")
+    assert {entry["eval_pass_at_1"] for entry in looks} == {0.0}
+    most = max(entry["eval_reward"] for entry in looks)
+    assert most > looks[0]["eval_reward"]
+    best = record(here / "tied" / "best", "best.json")
+    assert best["reward"] == most
+    assert best["step"] == next(entry["step"] for entry in looks if entry["eval_reward"] == most)
+    assert f"held out: 0.0% right, 0.0% in the format, reward {most:.3f}" in said
+
+
 def test_two_processes_find_what_one_finds(run, here, pair):
     train(*ONE_HELD, "--output", "one-one-held")
     for one, two in ((run, "pair-held"), (here / "one-one-held", "pair-one-held")):

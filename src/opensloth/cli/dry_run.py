@@ -97,7 +97,7 @@ def memory_figures(
 ) -> Figures:
     """Memory of one process and disk of the run, from the sizes in the model's config.
 
-    Raises UserError where the model lacks a layer of --lora-targets.
+    Raises UserError where the model lacks a layer of --lora-targets, or the engine cannot run here.
     """
     model = local_model(spec, revision)
     if isinstance(model, str):
@@ -107,6 +107,7 @@ def memory_figures(
     from opensloth.engine import choose, memory
 
     device = torch.device(world.devices[0])
+    choose.engine(job, device)
     dtype = getattr(torch, choose.dtype(job, device).value)
     trusted = bool(getattr(job, "trust_remote_code", False))
     config = config_of(model, trusted)

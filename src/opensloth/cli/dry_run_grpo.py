@@ -45,6 +45,7 @@ def plan_grpo(resolved: Resolved[GrpoJob], prepared: "Prepared", world: "World",
 
 
 def plan_train_grpo(request: Request[TrainGrpoJob], data: DataJob, world: "World") -> None:
+    from opensloth.data.plan.batches import too_few
     from opensloth.data.prepared.prepare import default_output
 
     job = request.job
@@ -54,6 +55,8 @@ def plan_train_grpo(request: Request[TrainGrpoJob], data: DataJob, world: "World
     figures = {**judged.figures, "prepared data": str(data.output or default_output(data))}
     figures |= grpo_checks.batch_figures(job, world.processes)
     if judged.rows:
+        if judged.rows < job.prompts_per_step:
+            raise too_few(data.input, judged.rows, job.prompts_per_step)
         batches = math.ceil(job.epochs * judged.rows / job.prompts_per_step)
         steps = job.max_steps or batches * job.updates_per_batch
         epochs = steps / job.updates_per_batch * job.prompts_per_step / judged.rows

@@ -198,7 +198,7 @@ def metavar(item: Declared) -> str:
     if Path in kinds:
         return "PATH"
     if tuple in kinds:
-        return {"map": "ROLE=COL", "stop": "TEXT"}.get(item.name, "A,B,...")
+        return {"map": "ROLE=COL", "stop": "TEXT", "model": "TEXT"}.get(item.name, "A,B,...")
     if int in kinds:
         return "N|auto" if str in kinds else "N"
     return "X" if float in kinds else "TEXT"

@@ -186,7 +186,7 @@ class GrpoOptions(TrainOptions):
     rollout: str = option(
         "auto", "How completions are made; auto is graph on a card with engine native, else generate.", choices=ROLLOUTS
     )
-    print_samples_every: int = option(10, "Show a completion every N optimizer steps (0: never).", ge=0)
+    print_samples_every: int = option(10, "Let demo_reward show a completion every N optimizer steps (0: never).", ge=0)
     zero_signal: str = option(
         "warn", "What to do where no group has a spread of rewards, so that nothing is learned.", choices=ZERO_SIGNAL
     )

@@ -49,4 +49,4 @@ class VerifyGrpoJob(VerifyOptions, GrpoOptions, ModelOptions, DataOptions, Promp
     prompts_per_step: int = option(12, "Prompts of one batch of completions, over all processes.", ge=1)
     group_size: int = option(4, "Completions of each prompt, which are compared with each other.", ge=1)
     max_new: int = option(16, "Tokens of a completion at most.", ge=1)
-    print_samples_every: int = option(0, "Show a completion every N optimizer steps (0: never).", ge=0)
+    print_samples_every: int = option(0, "Let demo_reward show a completion every N optimizer steps (0: never).", ge=0)

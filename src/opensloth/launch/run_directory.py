@@ -158,7 +158,7 @@ def open_run(
     if job.force and leads(world):  # who comes later would remove the run that has begun
         empty(output)
     if different := settings_apart(output, record["identity"]):
-        if (output / RESULT).exists() or (output / CHECKPOINTS).exists():
+        if (output / RESULT).exists() or any((output / CHECKPOINTS).glob("checkpoint-*")):
             shown = ", ".join(different[:5])
             raise UserError(
                 f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."

@@ -173,7 +173,7 @@ class KeepsRun:
     def best_so_far(self, figure: str, default: float) -> float:
         """The figure of the adapter in best/, `default` where there is none yet."""
         record = self.files.directory / "best" / "best.json"
-        return float(paths.read_json(record, "a best adapter")[figure]) if record.exists() else default
+        return float(paths.read_json(record, "a best adapter").get(figure, default)) if record.exists() else default
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would look for input_ids in a step

@@ -40,6 +40,13 @@ class Batches:
         return self.batches[batch][rank * per_process : (rank + 1) * per_process]
 
 
+def too_few(place: str, prompts: int, each: int) -> UserError:
+    return UserError(
+        f"{place} holds {prompts:,} prompts to train on, fewer than --prompts-per-step {each}.",
+        "Lower --prompts-per-step, or prepare more prompts.",
+    )
+
+
 def lay_out(
     prepared: Prepared, options: GrpoOptions, *, seed: int, processes: int, left_out: Collection[int] = ()
 ) -> Batches:
@@ -58,10 +65,7 @@ def lay_out(
     if left_out:
         rows = rows[~np.isin(prepared.rows.ids()[rows], list(left_out))]
     if len(rows) < each:
-        raise UserError(
-            f"{prepared.directory} holds {len(rows):,} prompts to train on, fewer than --prompts-per-step {each}.",
-            "Lower --prompts-per-step, or prepare more prompts.",
-        )
+        raise too_few(str(prepared.directory), len(rows), each)
     steps = options.max_steps or math.ceil(options.epochs * len(rows) / each) * options.updates_per_batch
     count = math.ceil(steps / options.updates_per_batch)
     epochs = math.ceil(count * each / len(rows))

@@ -93,7 +93,8 @@ def trainer_class() -> type[Any]:
             self.part: dict[str, torch.Tensor] = {}  # the micro-batch that goes through the model
             self.part_on_host = HostRows()
             self.policy_logps = torch.empty(0)  # of its tokens
-            self.best_figure = self.best_so_far(self.figure, -float("inf"))
+            none = -float("inf")
+            self.best = self.best_so_far(self.figure, none), self.best_so_far("reward", none)
             put_back = kept_weights(arguments["model"])
             super().__init__(rollout_func=self.roll_out, **arguments)
             put_back()
@@ -213,7 +214,8 @@ def trainer_class() -> type[Any]:
         def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> Any:
             begin = time.monotonic()
             # TRL's texts lack special tokens and keep a stop token that is an ordinary one
-            completions = [[{"role": "assistant", "content": self.text_of(one)}] for one in self.rollouts]
+            self.texts = [self.text_of(one) for one in self.rollouts]
+            completions = [[{"role": "assistant", "content": text}] for text in self.texts]
             found = super()._calculate_rewards(inputs, prompts, completions, ids)
             if "demo_reward" in self.reward_func_names and len(self.reward_func_names) > 1:
                 # its 0 would make a completion that nobody could judge one with a total of 0

@@ -24,14 +24,15 @@ class HeldOut:
     callback_handler: Any
     reward_funcs: list[Callable[..., list[float | None]]]
     reward_weights: torch.Tensor
-    best_figure: float
+    best: tuple[float, float]  # of the adapter in best/: what it was chosen by, and its reward
     complete: Callable[..., list[Rollout]]
     log: Callable[..., None]
     save_best: Callable[[dict[str, Any]], None]
 
     @property
     def figure(self) -> str:
-        """What the best adapter is chosen by: right answers, or rewards where no tags tell an answer."""
+        """What the best adapter is chosen by: right answers, or rewards where no tags tell an answer. Of equally many
+        right answers the higher reward decides."""
         return "pass_at_1" if self.run.contract.tags else "reward"
 
     @torch.no_grad()
@@ -39,7 +40,9 @@ class HeldOut:
         """Greedy answers to the held-out prompts: the share of right ones, and the mean reward."""
         prompts = self.run.held_out
         rollouts = self.complete([prompt.input_ids for prompt in prompts], Sampling(temperature=0), None)
-        judged = [self.judged(one, prompt.answer) for one, prompt in zip(rollouts, prompts, strict=True)]
+        judged = [
+            self.judged(one, self.text_of(one), prompt.answer) for one, prompt in zip(rollouts, prompts, strict=True)
+        ]
         found = gathered(list(zip(judged, self.rewards_of(prompts, rollouts, judged), strict=True)))
         answers = [one for one, _ in found]
         metrics = {"eval_reward": mean([reward for _, reward in found])}
@@ -50,9 +53,10 @@ class HeldOut:
         self.model.eval()  # so that TRL keeps the metrics of training for their own log
         self.log(metrics)
         self.model.train()
-        if metrics[f"eval_{self.figure}"] > self.best_figure:
-            self.best_figure = metrics[f"eval_{self.figure}"]
-            self.save_best({self.figure: self.best_figure})
+        these = (metrics[f"eval_{self.figure}"], metrics["eval_reward"])
+        if these > self.best:
+            self.best = these
+            self.save_best({"reward": these[1], self.figure: these[0]})
         # without this the trainer would evaluate the last step twice
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -84,12 +88,11 @@ class HeldOut:
             totals = [total + weight * (score or 0.0) for total, score in zip(totals, scores, strict=True)]
         return totals
 
-    def judged(self, rollout: Rollout, answer: str) -> Judged:
-        """Of a contract without tags: the text alone, neither right nor wrong."""
-        completion = Completion(self.text_of(rollout), len(rollout.ids))
+    def judged(self, rollout: Rollout, text: str, answer: str) -> Judged:
+        """Of a contract without tags: the text alone, neither right nor wrong. `text` as `text_of` has it."""
         if self.run.contract.tags is None:
-            return Judged(completion.text, completion.tokens, in_format=False, right=False)
-        return judge(self.run.contract, completion, answer)
+            return Judged(text, len(rollout.ids), in_format=False, right=False)
+        return judge(self.run.contract, Completion(text, len(rollout.ids)), answer)
 
     def text_of(self, rollout: Rollout) -> str:
         """What rewards and verdicts judge: all but the token that ended it."""
@@ -127,7 +130,7 @@ def figures(trainer: Any, seconds: float) -> dict[str, Any]:
     def last(name: str) -> float | None:
         return next((entry[name] for entry in reversed(logged) if entry.get(name) is not None), None)
 
-    best = trainer.best_figure
+    best, _ = trainer.best
     return {
         "steps": trainer.state.global_step,
         "reward": last("reward"),

@@ -38,4 +38,5 @@ class BatchesMetrics(Metrics):
     def eval_line(self, logs: dict[str, Any]) -> str:
         if "eval_pass_at_1" not in logs:
             return f"held out: reward {logs['eval_reward']:.3f}"
-        return f"held out: {logs['eval_pass_at_1']:.1%} right, {logs['eval_format_rate']:.1%} in the format"
+        right, form = logs["eval_pass_at_1"], logs["eval_format_rate"]
+        return f"held out: {right:.1%} right, {form:.1%} in the format, reward {logs['eval_reward']:.3f}"

@@ -74,7 +74,8 @@ class KeepsRollouts:
     files: RunFiles
     asked: Asked | None
     rollouts: list[Rollout]
-    judged: Callable[[Rollout, str], Judged]
+    texts: list[str]  # of the rollouts
+    judged: Callable[[Rollout, str, str], Judged]
     num_generations: int
     reward_func_names: list[str]
     reward_weights: torch.Tensor
@@ -87,8 +88,8 @@ class KeepsRollouts:
         """Judge this process's completions, and write those of all processes to rollouts/."""
         assert self.asked is not None
         judged = [
-            self.judged(rollout, prompt.answer)
-            for rollout, prompt in zip(self.rollouts, self.asked["prompts"], strict=True)
+            self.judged(rollout, text, prompt.answer)
+            for rollout, text, prompt in zip(self.rollouts, self.texts, self.asked["prompts"], strict=True)
         ]
         mine = [
             Written.of(prompt, rollout, one, self.run.stops)
