@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=4, help="steps that are not measured")
     parser.add_argument("--limit", type=float, default=300, help="seconds of one run")
     parser.add_argument("--seconds", type=float, default=7200, help="of all runs together")
+    parser.add_argument("--options", default="", help="more of os-train, for all runs; with a --work of its own")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work = arguments.work.absolute()
@@ -187,6 +188,7 @@ def command(arguments: argparse.Namespace, setting: Setting, model: str, sizes: 
     method, steps = setting.method, arguments.skip + arguments.steps
     words = [sys.executable, "-m", "opensloth.cli.train", method, data_for(arguments.work, setting, model, sizes)]
     words += ["--model", model, "--gpus" if on_cards else "--processes", str(setting.devices)]
+    words += arguments.options.split()
     words += ["--max-steps", str(steps), "--save-steps", str(steps), "--check-every", "0", "--report-to", "none"]
     words += sizes.options if setting.packing else ["--no-packing", "--batch-size", str(PADDED)]
     if method == "grpo":
@@ -287,6 +289,7 @@ def report(arguments: argparse.Namespace, sizes: Sizes, rows: list[Row], failed:
         "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "sizes": asdict(sizes) | {"group_size": GROUP, "steps": arguments.steps, "left_out": arguments.skip},
         "rows": rows,
+        "options": arguments.options,
         "failed": failed,
         "scaling": found,
         "packing": packing(rows),

@@ -1,5 +1,6 @@
 """The arithmetic of benchmarks/scaling.py: what runs are asked for, and what is made of their figures."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -69,3 +70,11 @@ def test_packing_and_scaling_are_told_apart():
 def test_without_the_run_of_one_device_nothing_is_compared():
     assert scaling.scaling([row(2, 2 * SIZES.work["sft"], 190.0)], SIZES) == []
     assert scaling.packing([row(1, SIZES.work["sft"], 100.0)]) == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_options_for_all_runs_stand_in_each_command(tmp_path, packing):
+    arguments = argparse.Namespace(work=tmp_path, steps=2, skip=1, options="--cuda-graphs off")
+    setting = scaling.Setting("grpo", "tiny", 1, 2, packing)
+    words = scaling.command(arguments, setting, "sample:tiny", scaling.REHEARSAL, on_cards=False)
+    assert "--cuda-graphs off" in " ".join(words)
