@@ -17,6 +17,7 @@ from opensloth.engine.fill import KEYS_PER_TOKEN, PARTS, Need, Size, Sizes
 from opensloth.engine.graphed import Graphed
 from opensloth.engine.memory import Means, MemoryPlan, Shape
 from opensloth.engine.policy import packed
+from opensloth.launch.launcher import HALVINGS
 from opensloth.rollout.room import Room
 from opensloth.training.grpo import sizes
 from opensloth.training.grpo.micro_batches import Cutter
@@ -96,6 +97,17 @@ def test_there_is_room_for_as_many_keys_and_rows_as_came():
     some.expect([Need(1000, 50, 100_000)])  # more than KEYS_PER_TOKEN has
     assert some.all[0].keys == 100 * (1 + 100)
     assert some.all[-1].room.rows == 100 * PARTS // 16
+
+
+def test_what_one_odd_batch_needed_is_given_up_after_a_while():
+    some = Sizes(100 * PARTS, LONGEST, completions=150, pad=0, most_keys=9.0)
+    some.expect([Need(1000, 200, 20_000)])
+    assert some.keys_per_token == 9.0  # of 21: there is memory for no more
+    for _ in range(fill.LATELY - 1):
+        some.expect([Need(1000, 10, 200)])
+        assert (some.keys_per_token, some.tokens_per_row) == (9.0, 4)
+    some.expect([Need(1000, 10, 200)])
+    assert (some.keys_per_token, some.tokens_per_row) == (1.25, 64)
 
 
 GROUPS = ((5, (3, 9, 1)), (8, (2,)), (2, (7, 7)))  # tokens of a prompt, and of its completions
@@ -208,7 +220,13 @@ def test_recordings_that_never_pay_are_given_up_and_a_line_says_so(replays):
         policy.check(GROUPS[1:2])
     assert len(set(replays)) == 2
     assert policy.head.graphed.passes == {}
-    assert policy.said == ["the passes of packs are no longer recorded as CUDA graphs: too many sizes came"]
+    assert policy.said == ["no more sizes of packs are recorded as CUDA graphs: too many came"]
+    made = batch(GROUPS)
+    widths = []
+    embeddings = policy.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    packed(policy.model, *made, TEMPERATURE, policy.head, policy.sizes)
+    assert widths == [44]  # for what is not recorded nothing is filled up
 
 
 def test_the_memory_of_recordings_begins_with_the_largest(replays):
@@ -324,12 +342,23 @@ def card(monkeypatch, free):
     return engine, GrpoJob(data="data"), Place(0, 1, torch.device("cuda", 0), "nccl"), MemoryPlan(32_768, "none")
 
 
-def largest(monkeypatch, free=100 * 2**30, stays=True, others=(), **changes):
-    """Tokens of the largest pack that is recorded, and the reason. `others`: what the rest of the processes say."""
+def largest(monkeypatch, free=100 * 2**30, stays=True, others=None, **changes):
+    """Tokens of the largest pack that is recorded, and the reason. `others`: what another process says to each question
+    that is asked of all."""
     engine, job, place, plan = card(monkeypatch, free)
-    monkeypatch.setattr(sizes, "of_all", lambda mine: [mine, *(one for one in others if type(one) is type(mine))])
+    asked = iter(("recordable", "stays", "slower", "fits"))
+
+    def of_all(mine):
+        question = next(asked)
+        return [mine, others[question]] if others and question in others else [mine]
+
+    monkeypatch.setattr(sizes, "of_all", of_all)
     batch = Batch(longest=600, completions=64, room=Room(64, 2**20, stays))
-    return sizes.largest_pack(engine, job.model_copy(update=changes), place, plan, batch)
+    job = job.model_copy(update=changes)
+    once = sizes.tokens_that_fit(engine, job, place.device, plan.checkpointing, batch.room.kept)
+    found = sizes.largest_pack(engine, job, place, plan, batch, once)
+    assert next(asked, None) is None  # whatever is found, all processes ask the same
+    return found
 
 
 def test_packs_are_recorded_where_it_pays_and_there_is_room(monkeypatch):
@@ -341,18 +370,26 @@ def test_packs_are_recorded_where_it_pays_and_there_is_room(monkeypatch):
         ({"batch_size": 4}, "they are for packs of one size"),
         ({"compile": "on"}, "compiled layers take packs of any size"),
         ({"stays": False}, "completions need the memory that recordings keep"),
-        ({"free": 2**30}, "there is no memory for two packs at once"),
-        ({"free": 0}, "there is no memory for two packs at once"),
+        ({"free": 2**30}, "packs have no room for more than the longest row"),
+        ({"free": 0}, "packs have no room for more than the longest row"),
     ):
         assert largest(monkeypatch, **change) == (0, choose.Choice("off", why)), change
 
 
 def test_processes_record_together_or_not_at_all(monkeypatch):
-    """One has no room for completions that stay, or less memory than the others."""
+    """Another has no room for completions that stay, cannot record, or has less memory."""
     alone, _ = largest(monkeypatch)
-    assert largest(monkeypatch, others=[False])[0] == 0
-    fewer, _ = largest(monkeypatch, others=[1_000])
+    assert largest(monkeypatch, others={"stays": False})[1].why == "completions need the memory that recordings keep"
+    assert largest(monkeypatch, others={"recordable": False})[0] == 0
+    fewer, _ = largest(monkeypatch, others={"fits": 1_000})
     assert 600 < fewer <= 1_000 < alone
+
+
+def test_memory_that_ran_out_leaves_smaller_packs(monkeypatch):
+    before, _ = largest(monkeypatch, free=8 * 2**30)
+    monkeypatch.setenv(HALVINGS, "1")
+    after, _ = largest(monkeypatch, free=8 * 2**30)
+    assert 0 < after < before
 
 
 def test_a_run_is_the_same_with_packs_that_are_recorded(tmp_path, monkeypatch, replays):

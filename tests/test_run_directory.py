@@ -107,6 +107,17 @@ def test_a_mistake_that_only_the_model_tells_leaves_the_place_to_the_job_without
     assert (code, "holds another job: max_steps (1 there, 2 now)" in out) == (2, True), out
 
 
+@pytest.mark.parametrize("trained", ["best/best.json", "checkpoints/.incomplete/checkpoint-7/state.json"])
+def test_what_another_job_trained_is_kept_though_it_saved_no_checkpoint(tmp_path, call_job, trained):
+    output = tmp_path / "begun"
+    assert call_job(output, "--lora-targets", "q_porj")[0] == 2
+    (output / trained).parent.mkdir(parents=True)
+    (output / trained).write_text('{"step": 7}')
+    code, out = call_job(output, "--max-steps", "1")
+    assert (code, "holds another job" in out) == (2, True), out
+    assert (output / trained).exists()
+
+
 @pytest.mark.parametrize(
     "change", [("--pack-tokens", "512"), ("--logging-steps", "3"), ("--save-steps", "5"), ("--timeout", "60")]
 )

@@ -99,15 +99,15 @@ def memory_figures(
 
     Raises UserError where the model lacks a layer of --lora-targets, or the engine cannot run here.
     """
-    model = local_model(spec, revision)
-    if isinstance(model, str):
-        return {"memory": f"not estimated: {model}"}
     import torch
 
     from opensloth.engine import choose, memory
 
     device = torch.device(world.devices[0])
     choose.engine(job, device)
+    model = local_model(spec, revision)
+    if isinstance(model, str):
+        return {"memory": f"not estimated: {model}"}
     dtype = getattr(torch, choose.dtype(job, device).value)
     trusted = bool(getattr(job, "trust_remote_code", False))
     config = config_of(model, trusted)

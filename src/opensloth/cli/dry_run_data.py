@@ -25,7 +25,8 @@ class Judged:
 
     Attributes:
         figures: for people, by name.
-        rows, tokens: of the whole, estimated.
+        rows, tokens: of the whole, estimated unless `whole`.
+        whole: all rows were seen.
         longest: tokens of the longest row that was seen.
     """
 
@@ -34,6 +35,7 @@ class Judged:
     tokens: int = 0
     longest: int = 0
     contract: "PromptContract | None" = None
+    whole: bool = False
 
 
 def judge(job: DataJob) -> Judged:
@@ -75,11 +77,11 @@ def judge(job: DataJob) -> Judged:
     figures[ids] = f"{about}{tokens:,}"
     if job.method == "grpo":
         figures["longest prompt"] = f"{longest:,} tokens" + ("" if whole else " so far")
-        return Judged(figures, rows, tokens, longest, recipe.contract)
+        return Judged(figures, rows, tokens, longest, recipe.contract, whole)
     packs = max(math.ceil(tokens / job.max_seq_length), 1) if job.packing else rows
     figures["packs"] = f"about {packs:,} of at most {job.max_seq_length:,} tokens, shards: {job.gpus}"
     figures["disk"] = f"{about}{size(tokens * BYTES_PER_TOKEN)} of prepared data"
-    return Judged(figures, rows, tokens, longest, recipe.contract)
+    return Judged(figures, rows, tokens, longest, recipe.contract, whole)
 
 
 def estimated_rows(job: DataJob, known: int | None, last_line: int) -> int | None:

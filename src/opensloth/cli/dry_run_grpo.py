@@ -55,7 +55,7 @@ def plan_train_grpo(request: Request[TrainGrpoJob], data: DataJob, world: "World
     figures = {**judged.figures, "prepared data": str(data.output or default_output(data))}
     figures |= grpo_checks.batch_figures(job, world.processes)
     if judged.rows:
-        if judged.rows < job.prompts_per_step:
+        if judged.whole and judged.rows < job.prompts_per_step:  # those that are held out are not counted
             raise too_few(data.input, judged.rows, job.prompts_per_step)
         batches = math.ceil(job.epochs * judged.rows / job.prompts_per_step)
         steps = job.max_steps or batches * job.updates_per_batch

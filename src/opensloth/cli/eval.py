@@ -37,7 +37,7 @@ def evaluate(request: Request[EvalJob]) -> None:
     from opensloth.evaluation.asked import asked
 
     what = asked(job)
-    from opensloth.evaluation.compare import compare  # torch, which takes seconds
+    from opensloth.evaluation.compare import compare  # with torch, which takes seconds
 
     found = compare(job, what)
     if request.as_json:

@@ -12,7 +12,7 @@ from opensloth.engine.memory import ROOM, Shape
 from opensloth.errors import UserError
 
 WORTH_COMPILING = 10_000_000  # tokens of a run
-WORTH_RECORDING = 0.97  # of the time that it takes not to: recordings take time themselves, and memory
+WORTH_RECORDING = 0.97  # of the time of passes that are not recorded: to record takes time itself, and memory
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def worth_recording(shape: Shape, pack_tokens: int, filled: float, slower: bool)
 
 
 def largest_recorded(shape: Shape, pack_tokens: int, longest: int, batch: int, slower: bool) -> int:
-    """Tokens of the largest packs of completions, where batches take least time if packs are filled up to parts of
-    that (engine/fill.py) and recorded; 0 where they take as long if they are not.
+    """Tokens of the largest pack of completions with which batches take least time, if passes are recorded and packs
+    filled up (engine/fill.py); 0 if batches take no longer when nothing is recorded.
 
     Args:
         pack_tokens: of the largest pack that is not recorded; those that are have no more.

@@ -4,9 +4,11 @@ How long completions are is known when they are written, and each batch has othe
 sizes that holds it. What fills it up forms rows of its own, whose hidden states nothing reads.
 
 Rows that share a prompt all see its tokens: such a pack has more keys than tokens. How many keys there are for each
-token, and how many tokens for each row, are properties of the batch; the room for keys and rows grows with what comes.
+token, and how many tokens for each row, are properties of a batch: there is room for what came lately.
 """
 
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from opensloth.engine.attention import Boundaries
 PARTS = 12
 KEYS_PER_TOKEN = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 TOKENS_PER_ROW = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+LATELY = 16  # batches by which the room for keys and rows goes
 LONG = 1024  # positions of a row that fills up, if real ones may not be longer: so it takes few such rows
 
 
@@ -94,11 +97,14 @@ class Sizes:
         longest: tokens of a prompt and its completion at most.
         completions: of a batch, on this process.
         pad: any id.
+        most_keys: for each token of a pack that there is memory for.
     """
 
-    def __init__(self, largest: int, longest: int, completions: int, pad: int) -> None:
+    def __init__(self, largest: int, longest: int, completions: int, pad: int, most_keys: float = math.inf) -> None:
         self.largest, self.longest, self.completions, self.pad = largest, longest, completions, pad
+        self.most_keys = most_keys
         self.keys_per_token, self.tokens_per_row = KEYS_PER_TOKEN[0], TOKENS_PER_ROW[0]
+        self.lately: deque[tuple[float, int]] = deque(maxlen=LATELY)  # those two as batches needed them
         self.all = self.made()  # from the smallest on
 
     def made(self) -> list[Size]:
@@ -118,18 +124,24 @@ class Sizes:
         return next((size for size in self.all if need.within(size.room)), None)
 
     def expect(self, packs: Sequence[Need]) -> None:
-        """Make room for the keys and rows of packs like these. What was recorded for less is of no use then.
+        """Make room for the keys and rows of a batch's packs, and for those of the batches before it. What was recorded
+        for other sizes is of no use then.
 
         A pack that is not even half as full as the fullest may take a larger size instead.
         """
         fullest = max(pack.tokens for pack in packs)
         full = [pack for pack in packs if 2 * pack.tokens >= fullest]
-        keys = max(1 + pack.extra / pack.tokens for pack in full)
-        tokens = min(pack.tokens / pack.rows for pack in full)
-        keys = max(self.keys_per_token, next((some for some in KEYS_PER_TOKEN if some >= keys), keys))
-        fewest = min(self.tokens_per_row, next((some for some in TOKENS_PER_ROW if some <= tokens), TOKENS_PER_ROW[-1]))
-        if (keys, fewest) != (self.keys_per_token, self.tokens_per_row):
-            self.keys_per_token, self.tokens_per_row = keys, fewest
+        keys, tokens = max(1 + pack.extra / pack.tokens for pack in full), min(pack.tokens / pack.rows for pack in full)
+        self.lately.append(
+            (
+                next((some for some in KEYS_PER_TOKEN if some >= keys), keys),
+                next((some for some in TOKENS_PER_ROW if some <= tokens), TOKENS_PER_ROW[-1]),
+            )
+        )
+        keys_per_token = min(max(keys for keys, _ in self.lately), self.most_keys)
+        tokens_per_row = min(tokens for _, tokens in self.lately)
+        if (keys_per_token, tokens_per_row) != (self.keys_per_token, self.tokens_per_row):
+            self.keys_per_token, self.tokens_per_row = keys_per_token, tokens_per_row
             self.all = self.made()
 
     def fill(self, pack: Pack) -> Pack:

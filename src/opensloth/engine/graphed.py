@@ -209,12 +209,17 @@ class Graphed:
             self.forget()
         key = tuple(sorted(shapes.items()))
         self.came[key] += 1
-        if key not in self.passes and self.came[key] > self.unrecorded and trial.is_telling(inputs):
-            if self.recordings_left:
+        if key not in self.passes and self.came[key] > self.unrecorded:
+            if not self.recordings_left:
+                self.say_once("no more sizes of packs are recorded as CUDA graphs: too many came")
+            elif trial.is_telling(inputs):
                 self.record(key, forward, inputs)
-            else:
-                self.say_once("the passes of packs are no longer recorded as CUDA graphs: too many sizes came")
         return self.passes[key](inputs) if key in self.passes else forward(**inputs)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether nothing is recorded, nor will be."""
+        return not (self.passes or self.recordings_left)
 
     def forget(self) -> None:
         """Give the memory of the recordings back; gradients of the step stay where they are."""

@@ -46,13 +46,14 @@ def packed(
         input_ids, attention_mask: (rows, prompt and completion). If both are on the host, it does not wait.
         length: of the completions' part.
         head: of the model; without it the model makes the logits of all completion tokens at once.
-        sizes: which packs that train are filled up to.
+        sizes: which packs that train are filled up to, unless it was given up to record them.
     """
     device = next(model.parameters()).device
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     laid, at = lay_out(ids, mask, length, device), mask[:, -length:]
     pack = Pack(ids[laid.keep], (mask.cumsum(1) - 1)[laid.keep], laid.rows, laid.key_places)
-    if sizes is not None and torch.is_grad_enabled():
+    gave_up = head is not None and head.graphed is not None and head.graphed.gave_up
+    if sizes is not None and torch.is_grad_enabled() and not gave_up:
         pack = sizes.fill(pack)
     tokens, positions, queries, keys, predictors, targets, scored, *key_places = carried(
         [

@@ -7,7 +7,7 @@ import torch
 
 
 class Tape:
-    """CUDA graphs that share one pool of memory: they are replayed in the order in which they were recorded."""
+    """CUDA graphs that share one pool of memory. A forward's is replayed, then its backward's, and no other between."""
 
     def __init__(self) -> None:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]

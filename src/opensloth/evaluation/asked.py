@@ -1,4 +1,4 @@
-"""What is settled before any model is loaded: who is asked what, and how. No model library is, either."""
+"""What is settled before any model is loaded: who is asked what, and how. What is not there is told without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +24,9 @@ class Asked(NamedTuple):
 
 
 def asked(job: EvalJob) -> Asked:
-    """Raises UserError: a model that is not there, an input without answers, a contract without tags."""
-    refs = [resolve_model(model) for model in job.model]
+    """Raises UserError: an input without answers, a model that is not there, a contract without tags."""
     problems = read_problems(job)
+    refs = [resolve_model(model) for model in job.model]
     contract = contract_of(job, refs)
     if contract.tags is None:
         raise UserError(

@@ -151,14 +151,14 @@ def open_run(
 ) -> dict[str, Any]:
     """Make the directory this job's, or find that it is. Returns the figures of a finished run, else nothing.
 
-    Of another job that trained nothing only the logs are lost: a mistake that ended it makes another job when it is put
+    What another job left that trained nothing is removed: a mistake that ended it makes another job when it is put
     right.
     """
     check_output(output)
     if job.force and leads(world):  # who comes later would remove the run that has begun
         empty(output)
     if different := settings_apart(output, record["identity"]):
-        if (output / RESULT).exists() or any((output / CHECKPOINTS).glob("checkpoint-*")):
+        if holds_trained(output):
             shown = ", ".join(different[:5])
             raise UserError(
                 f"{output} holds another job: {shown}.", "Choose another --output, or --force to replace that run."
@@ -176,6 +176,15 @@ def open_run(
     for name, text in texts.items():
         paths.write_text(output / name, text)
     return {}
+
+
+def holds_trained(output: Path) -> bool:
+    """Whether a run's directory has a result, a checkpoint (be it one that is not complete), or a best adapter that is
+    not the one that it began with."""
+    if (output / RESULT).exists() or any((output / CHECKPOINTS).rglob("checkpoint-*")):
+        return True
+    best = output / "best" / "best.json"
+    return best.exists() and bool(paths.read_json(best, "a best adapter").get("step"))
 
 
 def empty(output: Path) -> None:

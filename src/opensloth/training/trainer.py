@@ -171,9 +171,9 @@ class KeepsRun:
                 paths.write_json(directory / "best.json", {"step": self.state.global_step, **record})
 
     def best_so_far(self, figure: str, default: float) -> float:
-        """The figure of the adapter in best/, `default` where there is none yet."""
+        """The figure of the adapter in best/, `default` where there is none yet. One that it lacks cannot be beaten."""
         record = self.files.directory / "best" / "best.json"
-        return float(paths.read_json(record, "a best adapter").get(figure, default)) if record.exists() else default
+        return float(paths.read_json(record, "a best adapter").get(figure, "inf")) if record.exists() else default
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would look for input_ids in a step

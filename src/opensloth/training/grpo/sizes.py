@@ -1,5 +1,6 @@
 """Whether packs of completions are recorded (engine/graphed.py), and up to which sizes they are filled then."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ from opensloth.engine import Engine, choose, matmul, memory
 from opensloth.engine.choose import Choice
 from opensloth.engine.fill import Sizes
 from opensloth.engine.memory import MemoryPlan, Shape
+from opensloth.launch.launcher import HALVINGS
 from opensloth.rollout.room import Room
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
+
+SHARES = 3  # of memory: a pack that is recorded, one that is not yet, and keys beyond the tokens of both
 
 
 @dataclass(frozen=True)
@@ -42,27 +46,31 @@ def sizes_of_packs(engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan,
     Args:
         plan: what fits if passes are not recorded.
     """
-    largest, graphs = largest_pack(engine, job, place, plan, batch)
+    once = tokens_that_fit(engine, job, place.device, plan.checkpointing, batch.room.kept if batch.room else 0)
+    largest, graphs = largest_pack(engine, job, place, plan, batch, once)
     if place.leads:
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if not largest:
         return None
-    sizes = Sizes(largest, batch.longest, batch.completions, engine.pad_id)
+    spare = once / (2 * largest) - 1  # of the memory of a pack's activations, where two packs fit
+    most_keys = 1 + spare * keys_of_token(engine, job, plan.checkpointing)
+    sizes = Sizes(largest, batch.longest, batch.completions, engine.pad_id, most_keys)
     if place.leads:
         log.say(f"packs are filled up to one of {len(sizes.all)} sizes, of which the largest has {largest:,} tokens")
     engine.record_sizes(sizes, place.say)
     return sizes
 
 
-def largest_pack(engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan, batch: Batch) -> tuple[int, Choice]:
-    """Tokens of the largest pack that is recorded; 0 where none is, and why."""
+def largest_pack(
+    engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan, batch: Batch, once: int
+) -> tuple[int, Choice]:
+    """Tokens of the largest pack that is recorded; 0 where none is, and why. `once` as `tokens_that_fit`."""
     config: Any = engine.model.config
-    room = batch.room
     # every process asks all of this, whatever it finds itself
-    recordable, stays = all(of_all(engine.packs_natively and engine.recordable)), all(of_all(not room or room.stays))
+    recordable = all(of_all(engine.packs_natively and engine.recordable))
+    stays = all(of_all(batch.room is None or batch.room.stays))
     slower = any(of_all(matmul.times != 1))
-    kept = room.kept if room else 0
-    fits = min(of_all(min(plan.pack_tokens, twice(engine, job, place.device, plan.checkpointing, kept))))
+    fits = min(of_all(min(plan.pack_tokens, once // SHARES)))
     chosen = choose.may_record(job, place.device, recordable)
     if chosen.value == "off":
         return 0, chosen
@@ -70,16 +78,26 @@ def largest_pack(engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan, b
         return 0, Choice("off", "compiled layers take packs of any size")
     if not stays:
         return 0, Choice("off", "completions need the memory that recordings keep")
-    if fits < batch.longest:
-        return 0, Choice("off", "there is no memory for two packs at once")
+    if fits < memory.ROOM * batch.longest:
+        return 0, Choice("off", "packs have no room for more than the longest row")
     largest = choose.largest_recorded(Shape.of(config), fits, batch.longest, batch.tokens(job), slower)
     return (largest, chosen) if largest else (0, choose.FAST_HOST)
 
 
-def twice(engine: Engine, job: GrpoJob, device: torch.device, checkpointing: str, kept: int) -> int:
-    """Tokens of a pack that fits twice: recordings keep the memory of one while another size is recorded."""
+def tokens_that_fit(engine: Engine, job: GrpoJob, device: torch.device, checkpointing: str, kept: int) -> int:
+    """Tokens whose activations fit into the card's memory at once; halved each time that it ran out."""
     config: Any = engine.model.config
     free = memory.free_bytes(device)
     if free is None:
         return sys.maxsize
-    return memory.tokens_that_fit(config, job, checkpointing, free - kept, engine.dtype, engine.means) // 2
+    found = memory.tokens_that_fit(config, job, checkpointing, free - kept, engine.dtype, engine.means)
+    return max(found, 0) >> int(os.environ.get(HALVINGS, "0"))
+
+
+def keys_of_token(engine: Engine, job: GrpoJob, checkpointing: str) -> float:
+    """What a token's activations take, as a multiple of what the keys and values of one take in all layers."""
+    config: Any = engine.model.config
+    shape, itemsize = Shape.of(config), engine.dtype.itemsize
+    asked = job.model_copy(update={"gradient_checkpointing": checkpointing})
+    of_token = memory.estimate(config, asked, itemsize, engine.means).per_token
+    return of_token / (itemsize * shape.layers * (shape.heads_width - shape.queries_width))
