@@ -114,6 +114,13 @@ def test_a_dry_run_finds_what_the_run_would(model, tmp_path):
     assert "the prompts of model ask for none" in tags.stderr
 
 
+def test_answers_that_may_be_longer_than_the_context_are_refused(model, tmp_path):
+    options = ("--chat-template", "reasoning", "-n", 2, "--max-new", 4096)
+    refused = os_eval("sample:arithmetic", "--model", model, *options, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--max-new 4,096 leaves no room for a problem in the 4,096 positions of model." in refused.stderr
+
+
 def test_an_input_without_answers_says_why(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n' * 3)
     refused = os_eval("rows.jsonl", "--model", model, cwd=tmp_path)

@@ -9,11 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from opensloth import log
+from opensloth.cli.model_facts import config_of, context_length
 from opensloth.cli.options import Request, add_command, new_app
 from opensloth.cli.program import leave, run
 from opensloth.config.jobs import EvalJob
+from opensloth.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from opensloth.data.models.resolve import ModelRef
     from opensloth.evaluation.compare import Comparison, Report
     from opensloth.evaluation.score import Interval
 
@@ -37,6 +42,7 @@ def evaluate(request: Request[EvalJob]) -> None:
     from opensloth.evaluation.asked import asked
 
     what = asked(job)
+    check_context(job, what.refs)
     from opensloth.evaluation.compare import compare  # with torch, which takes seconds
 
     found = compare(job, what)
@@ -44,6 +50,17 @@ def evaluate(request: Request[EvalJob]) -> None:
         print(json.dumps(record(found, job), ensure_ascii=False))
     else:
         show(found, job)
+
+
+def check_context(job: EvalJob, refs: "Sequence[ModelRef]") -> None:
+    """Raises UserError where answers could be longer than what a model knows positions for."""
+    for ref in refs:
+        context = context_length(config_of(ref, job.trust_remote_code))
+        if context is not None and job.max_new >= context:
+            raise UserError(
+                f"--max-new {job.max_new:,} leaves no room for a problem in the {context:,} positions of {ref.name}.",
+                "Lower it.",
+            )
 
 
 def record(found: "Comparison", job: EvalJob) -> dict[str, Any]:

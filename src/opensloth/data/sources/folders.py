@@ -64,9 +64,10 @@ def open_folder(directory: Path, split: str) -> Folder:
             raise UserError(f"{directory} is one saved data set without splits.", f"Leave --split {split} out.")
         return _saved(directory)
     if (directory / "manifest.json").is_file() and (directory / "prompt.json").is_file():
+        made = paths.read_json(directory / "manifest.json", "prepared data").get("method", "sft")
         raise UserError(
             f"{directory} is prepared data already.",
-            "Train on it, or name the rows that it was made of.",
+            f"Train on it (os-{made} {directory}), or name the rows that it was made of.",
         )
     return Folder(_data_files(directory, split), arrow=False)
 
