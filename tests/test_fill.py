@@ -356,7 +356,7 @@ def largest(monkeypatch, free=100 * 2**30, stays=True, others=None, **changes):
     batch = Batch(longest=600, completions=64, room=Room(64, 2**20, stays))
     job = job.model_copy(update=changes)
     once = sizes.tokens_that_fit(engine, job, place.device, plan.checkpointing, batch.room.kept)
-    found = sizes.largest_pack(engine, job, place, plan, batch, once)
+    found = sizes.choose_largest(engine, job, place, plan, batch, once)
     assert next(asked, None) is None  # whatever is found, all processes ask the same
     return found
 

@@ -27,6 +27,8 @@ app = new_app(HELP)
 
 
 def evaluate(request: Request[EvalJob]) -> None:
+    from opensloth.evaluation.asked import asked
+
     job = request.job
     if request.dry_run:
         from opensloth.cli.dry_run import show as show_plan
@@ -34,13 +36,9 @@ def evaluate(request: Request[EvalJob]) -> None:
         answers = f"1 greedy and {job.group_size} sampled" if job.group_size > 1 else "1, greedy"
         plan = {"models": f"{len(job.model)}, one after the other", "answers to each": answers}
         if job.input.startswith("sample:") or Path(job.input).exists():  # no data set is fetched for it
-            from opensloth.evaluation.asked import asked
-
             plan["problems"] = f"{len(asked(job).problems):,}"
         show_plan(request.resolved, plan, request.as_json)
         return
-    from opensloth.evaluation.asked import asked
-
     what = asked(job)
     check_context(job, what.refs)
     from opensloth.evaluation.compare import compare  # with torch, which takes seconds

@@ -242,7 +242,7 @@ class Graphed:
         try:
             if self.common is None:
                 leaves = Leaves(self.model)
-                self.common = Common(leaves, Sums(leaves.trained), Tape() if on_card(leaves) else by_itself)
+                self.common = Common(leaves, Sums(leaves.trained), Tape() if leaves.trained[0].is_cuda else by_itself)
             passes, why = recorded(forward, self.common, inputs)
         except RuntimeError as error:  # of whatever cannot be recorded, or of memory that is not enough for it
             passes, why = None, cause(error)
@@ -276,10 +276,6 @@ def cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def on_card(leaves: Leaves) -> bool:
-    return leaves.trained[0].is_cuda
 
 
 def give_back() -> None:

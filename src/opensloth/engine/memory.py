@@ -202,12 +202,19 @@ def plan(
     return MemoryPlan(max(longest, tokens), chosen)
 
 
+def estimate_of(
+    config: PretrainedConfig, options: TrainOptions, checkpointing: str, dtype: torch.dtype, means: Means
+) -> Estimate:
+    """The estimate with this way of checkpointing, whatever was asked for."""
+    chosen = options.model_copy(update={"gradient_checkpointing": checkpointing})
+    return estimate(config, chosen, dtype.itemsize, means)
+
+
 def tokens_that_fit(
     config: PretrainedConfig, options: TrainOptions, checkpointing: str, free: int, dtype: torch.dtype, means: Means
 ) -> int:
     """Tokens whose activations so many free bytes hold, once the weights are loaded; less than 0 where none do."""
-    asked = options.model_copy(update={"gradient_checkpointing": checkpointing})
-    need = estimate(config, asked, dtype.itemsize, means)
+    need = estimate_of(config, options, checkpointing, dtype, means)
     return int((free * (1 - SPARE) - need.adapter - need.head) / need.per_token)
 
 

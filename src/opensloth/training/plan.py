@@ -31,11 +31,15 @@ def choose(
     """
     config, dtype, means = engine.model.config, engine.dtype, engine.means
     mine = memory.plan(config, options, device, longest, dtype, kept, means, step, may_record)
-    halvings = int(os.environ.get(HALVINGS, "0"))
-    mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings, longest))
+    mine = replace(mine, pack_tokens=max(mine.pack_tokens >> halvings(), longest))
     plans = of_all(mine)
     modes = ("none", "selective", "full")
     return MemoryPlan(min(p.pack_tokens for p in plans), max((p.checkpointing for p in plans), key=modes.index))
+
+
+def halvings() -> int:
+    """How often packs were too large for a card."""
+    return int(os.environ.get(HALVINGS, "0"))
 
 
 def describe(plan: Schedule, chosen: MemoryPlan, processes: int) -> list[str]:

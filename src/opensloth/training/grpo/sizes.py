@@ -1,6 +1,5 @@
 """Whether packs of completions are recorded (engine/graphed.py), and up to which sizes they are filled then."""
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ from opensloth.engine import Engine, choose, matmul, memory
 from opensloth.engine.choose import Choice
 from opensloth.engine.fill import Sizes
 from opensloth.engine.memory import MemoryPlan, Shape
-from opensloth.launch.launcher import HALVINGS
 from opensloth.rollout.room import Room
 from opensloth.training.everyone import of_all
 from opensloth.training.place import Place
+from opensloth.training.plan import halvings
 
 SHARES = 3  # of memory: a pack that is recorded, one that is not yet, and keys beyond the tokens of both
 
@@ -47,7 +46,7 @@ def sizes_of_packs(engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan,
         plan: what fits if passes are not recorded.
     """
     once = tokens_that_fit(engine, job, place.device, plan.checkpointing, batch.room.kept if batch.room else 0)
-    largest, graphs = largest_pack(engine, job, place, plan, batch, once)
+    largest, graphs = choose_largest(engine, job, place, plan, batch, once)
     if place.leads:
         log.say(f"CUDA graphs: {graphs.value}, {graphs.why}")
     if not largest:
@@ -61,7 +60,7 @@ def sizes_of_packs(engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan,
     return sizes
 
 
-def largest_pack(
+def choose_largest(
     engine: Engine, job: GrpoJob, place: Place, plan: MemoryPlan, batch: Batch, once: int
 ) -> tuple[int, Choice]:
     """Tokens of the largest pack that is recorded; 0 where none is, and why. `once` as `tokens_that_fit`."""
@@ -91,13 +90,12 @@ def tokens_that_fit(engine: Engine, job: GrpoJob, device: torch.device, checkpoi
     if free is None:
         return sys.maxsize
     found = memory.tokens_that_fit(config, job, checkpointing, free - kept, engine.dtype, engine.means)
-    return max(found, 0) >> int(os.environ.get(HALVINGS, "0"))
+    return max(found, 0) >> halvings()
 
 
 def keys_of_token(engine: Engine, job: GrpoJob, checkpointing: str) -> float:
     """What a token's activations take, as a multiple of what the keys and values of one take in all layers."""
     config: Any = engine.model.config
     shape, itemsize = Shape.of(config), engine.dtype.itemsize
-    asked = job.model_copy(update={"gradient_checkpointing": checkpointing})
-    of_token = memory.estimate(config, asked, itemsize, engine.means).per_token
+    of_token = memory.estimate_of(config, job, checkpointing, engine.dtype, engine.means).per_token
     return of_token / (itemsize * shape.layers * (shape.heads_width - shape.queries_width))
